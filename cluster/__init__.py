@@ -1,0 +1,1 @@
+"""What assembles the parts: settings, registry, Serve application, the baton command."""

@@ -1,0 +1,94 @@
+"""What a worker tells a router, one frame per engine step."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from contracts.ids import RequestId
+
+
+class FinishReason(StrEnum):
+    """Why a choice ended."""
+
+    STOP = "stop"  # an end token or a stop string
+    LENGTH = "length"  # max_tokens or the context's end
+    ABORT = "abort"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural-log probability of a drawn token and of the best alternatives, best first."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob)
+
+
+@dataclass(frozen=True, slots=True)
+class TokensOut:
+    """New tokens of one choice. `position` is that of the first of them (0 = first output)."""
+
+    request_id: RequestId
+    attempt: int
+    choice: int
+    position: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillStarted:
+    """P has scheduled the first chunk and holds all blocks: the handoff's params exist.
+
+    `kv_transfer_params` is a JSON object as text; empty when no handoff follows (local path).
+    """
+
+    request_id: RequestId
+    attempt: int
+    kv_transfer_params: str
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Adopted:
+    """D's answer to an Adopt, given at once."""
+
+    request_id: RequestId
+    attempt: int
+    accepted: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PathTaken:
+    """How D came by the prompt's KV: `remote`, `local` or `recomputed` (with the cause)."""
+
+    request_id: RequestId
+    attempt: int
+    path: str
+    cause: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFailed:
+    """The worker gives the request up. `kind` is a class name of contracts.errors."""
+
+    request_id: RequestId
+    attempt: int
+    kind: str
+    message: str
+
+
+WorkerEvent = TokensOut | PrefillStarted | Adopted | PathTaken | RequestFailed
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLoad:
+    """What a worker reports with every frame and beat."""
+
+    step: int = 0
+    waiting: int = 0  # requests not yet running (queue and pending handoffs)
+    running: int = 0
+    waiting_tokens: int = 0  # prompt tokens still to be computed
+    free_blocks: int = 0  # free and evictable
+    total_blocks: int = 0
+    draining: bool = False

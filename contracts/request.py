@@ -1,0 +1,24 @@
+"""A request as it travels between router and workers."""
+
+from dataclasses import dataclass, field
+
+from contracts.ids import RequestId
+from contracts.sampling import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """All a worker needs to compute a request alone (protocol notes, section 9).
+
+    `output_ids` holds, per choice, the tokens already emitted (empty for a fresh request): the
+    sampler's position, limits and ends all derive from them, so a replay is an ordinary request.
+    `deadline_s` is the time left when the message is sent; None: no limit.
+    """
+
+    request_id: RequestId
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    output_ids: tuple[tuple[int, ...], ...] = field(default=())
+    attempt: int = 0
+    cache_salt: str = ""
+    deadline_s: float | None = None

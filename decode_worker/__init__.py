@@ -1,0 +1,1 @@
+"""The D role: admission, pull and verify, continuous batching."""

@@ -1,0 +1,1 @@
+"""Attention backends behind one small protocol (engine.attention.base)."""

@@ -1,0 +1,1 @@
+"""Layouts, leases, params, and the connectors that move KV blocks."""

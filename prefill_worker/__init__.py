@@ -1,0 +1,1 @@
+"""The P role: chunked prefill, export, leases."""

@@ -1,0 +1,1 @@
+"""HTTP API, templates and tokens, placement, the life of a request."""

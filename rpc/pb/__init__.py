@@ -1,0 +1,1 @@
+"""Generated from proto/worker.proto by `make proto`. Do not edit."""
