@@ -99,4 +99,13 @@ class Beat:
 
 
 FromDecode = PeerHello | Claim | Release | Beat
-FromPrefill = PeerHello | ClaimGranted | ClaimDenied | ChunkReady | FirstTokens | Revoked | ReleaseAck | Beat
+FromPrefill = (
+    PeerHello
+    | ClaimGranted
+    | ClaimDenied
+    | ChunkReady
+    | FirstTokens
+    | Revoked
+    | ReleaseAck
+    | Beat
+)
