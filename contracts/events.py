@@ -60,12 +60,18 @@ class Adopted:
 
 @dataclass(frozen=True, slots=True)
 class PathTaken:
-    """How D came by the prompt's KV: `remote`, `local` or `recomputed` (with the cause)."""
+    """How D came by the prompt's KV: `remote`, `local` or `recomputed` (with the cause).
+
+    The figures are those of the handoff's reads; blocks in D's own cache are not read.
+    """
 
     request_id: RequestId
     attempt: int
     path: str
     cause: str = ""
+    num_bytes: int = 0
+    num_descriptors: int = 0
+    read_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

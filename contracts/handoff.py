@@ -100,12 +100,5 @@ class Beat:
 
 FromDecode = PeerHello | Claim | Release | Beat
 FromPrefill = (
-    PeerHello
-    | ClaimGranted
-    | ClaimDenied
-    | ChunkReady
-    | FirstTokens
-    | Revoked
-    | ReleaseAck
-    | Beat
+    PeerHello | ClaimGranted | ClaimDenied | ChunkReady | FirstTokens | Revoked | ReleaseAck | Beat
 )

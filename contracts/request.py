@@ -20,5 +20,6 @@ class GenerationRequest:
     params: SamplingParams
     output_ids: tuple[tuple[int, ...], ...] = field(default=())
     attempt: int = 0
+    finished: tuple[int, ...] = ()  # choices that are over already (a replay leaves them out)
     cache_salt: str = ""
     deadline_s: float | None = None

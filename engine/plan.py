@@ -1,4 +1,4 @@
-"""A step's plan: a value. The scheduler makes it, the runner computes it, the scheduler commits it."""
+"""A step's plan is a value: the scheduler makes it, the runner computes it, commit applies it."""
 
 from dataclasses import dataclass
 

@@ -29,7 +29,7 @@ class SamplingParams(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., seed: _Optional[int] = ..., n: _Optional[int] = ..., eos_token_ids: _Optional[bytes] = ..., stop_token_ids: _Optional[bytes] = ..., logprobs: _Optional[int] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("request_id", "attempt", "prompt_ids", "params", "output_ids", "cache_salt", "deadline_s", "handoff")
+    __slots__ = ("request_id", "attempt", "prompt_ids", "params", "output_ids", "cache_salt", "deadline_s", "handoff", "finished")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -38,6 +38,7 @@ class Submit(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     HANDOFF_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     prompt_ids: bytes
@@ -46,7 +47,8 @@ class Submit(_message.Message):
     cache_salt: str
     deadline_s: float
     handoff: bool
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_ids: _Optional[bytes] = ..., params: _Optional[_Union[SamplingParams, _Mapping]] = ..., output_ids: _Optional[_Iterable[bytes]] = ..., cache_salt: _Optional[str] = ..., deadline_s: _Optional[float] = ..., handoff: bool = ...) -> None: ...
+    finished: bytes
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_ids: _Optional[bytes] = ..., params: _Optional[_Union[SamplingParams, _Mapping]] = ..., output_ids: _Optional[_Iterable[bytes]] = ..., cache_salt: _Optional[str] = ..., deadline_s: _Optional[float] = ..., handoff: bool = ..., finished: _Optional[bytes] = ...) -> None: ...
 
 class Adopt(_message.Message):
     __slots__ = ("submit", "kv_transfer_params")
@@ -77,18 +79,22 @@ class RouterHello(_message.Message):
     def __init__(self, router_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., epoch: _Optional[int] = ..., protocol_version: _Optional[int] = ...) -> None: ...
 
 class RouterFrame(_message.Message):
-    __slots__ = ("sequence", "hello", "submits", "adopts", "aborts")
+    __slots__ = ("sequence", "hello", "submits", "adopts", "aborts", "piece", "more_pieces")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
     SUBMITS_FIELD_NUMBER: _ClassVar[int]
     ADOPTS_FIELD_NUMBER: _ClassVar[int]
     ABORTS_FIELD_NUMBER: _ClassVar[int]
+    PIECE_FIELD_NUMBER: _ClassVar[int]
+    MORE_PIECES_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     hello: RouterHello
     submits: _containers.RepeatedCompositeFieldContainer[Submit]
     adopts: _containers.RepeatedCompositeFieldContainer[Adopt]
     aborts: _containers.RepeatedCompositeFieldContainer[Abort]
-    def __init__(self, sequence: _Optional[int] = ..., hello: _Optional[_Union[RouterHello, _Mapping]] = ..., submits: _Optional[_Iterable[_Union[Submit, _Mapping]]] = ..., adopts: _Optional[_Iterable[_Union[Adopt, _Mapping]]] = ..., aborts: _Optional[_Iterable[_Union[Abort, _Mapping]]] = ...) -> None: ...
+    piece: bytes
+    more_pieces: bool
+    def __init__(self, sequence: _Optional[int] = ..., hello: _Optional[_Union[RouterHello, _Mapping]] = ..., submits: _Optional[_Iterable[_Union[Submit, _Mapping]]] = ..., adopts: _Optional[_Iterable[_Union[Adopt, _Mapping]]] = ..., aborts: _Optional[_Iterable[_Union[Abort, _Mapping]]] = ..., piece: _Optional[bytes] = ..., more_pieces: bool = ...) -> None: ...
 
 class WorkerHello(_message.Message):
     __slots__ = ("worker_id", "role", "incarnation", "semantic_hash", "max_model_len", "max_prompt_tokens", "block_size", "total_blocks", "attention_backend", "device", "version", "epoch", "protocol_version")
@@ -191,16 +197,22 @@ class Adopted(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., accepted: bool = ..., reason: _Optional[str] = ...) -> None: ...
 
 class PathTaken(_message.Message):
-    __slots__ = ("request_id", "attempt", "path", "cause")
+    __slots__ = ("request_id", "attempt", "path", "cause", "num_bytes", "num_descriptors", "read_s")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
     CAUSE_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_DESCRIPTORS_FIELD_NUMBER: _ClassVar[int]
+    READ_S_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     path: str
     cause: str
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., path: _Optional[str] = ..., cause: _Optional[str] = ...) -> None: ...
+    num_bytes: int
+    num_descriptors: int
+    read_s: float
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., path: _Optional[str] = ..., cause: _Optional[str] = ..., num_bytes: _Optional[int] = ..., num_descriptors: _Optional[int] = ..., read_s: _Optional[float] = ...) -> None: ...
 
 class RequestFailed(_message.Message):
     __slots__ = ("request_id", "attempt", "kind", "message")
@@ -229,16 +241,20 @@ class WorkerEvent(_message.Message):
     def __init__(self, tokens: _Optional[_Union[Tokens, _Mapping]] = ..., prefill_started: _Optional[_Union[PrefillStarted, _Mapping]] = ..., adopted: _Optional[_Union[Adopted, _Mapping]] = ..., path_taken: _Optional[_Union[PathTaken, _Mapping]] = ..., failed: _Optional[_Union[RequestFailed, _Mapping]] = ...) -> None: ...
 
 class WorkerFrame(_message.Message):
-    __slots__ = ("sequence", "hello", "events", "load")
+    __slots__ = ("sequence", "hello", "events", "load", "piece", "more_pieces")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
     EVENTS_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    PIECE_FIELD_NUMBER: _ClassVar[int]
+    MORE_PIECES_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     hello: WorkerHello
     events: _containers.RepeatedCompositeFieldContainer[WorkerEvent]
     load: Load
-    def __init__(self, sequence: _Optional[int] = ..., hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., events: _Optional[_Iterable[_Union[WorkerEvent, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
+    piece: bytes
+    more_pieces: bool
+    def __init__(self, sequence: _Optional[int] = ..., hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., events: _Optional[_Iterable[_Union[WorkerEvent, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., piece: _Optional[bytes] = ..., more_pieces: bool = ...) -> None: ...
 
 class StatusRequest(_message.Message):
     __slots__ = ()

@@ -1,0 +1,371 @@
+"""The D role: adopts prefills from P, or computes prompts itself, and streams the tokens.
+
+Everything here runs on the event loop; the engine's thread is reached by commands and heard by
+events. Handlers are idempotent (protocol notes, section 8).
+"""
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from contracts.errors import ClaimRefused, InvalidRequest, ServingError, Unavailable
+from contracts.events import (
+    Adopted,
+    PathTaken,
+    PrefillStarted,
+    RequestFailed,
+    TokensOut,
+    WorkerLoad,
+)
+from contracts.handoff import PeerHello
+from contracts.ids import Incarnation, RequestId, new_incarnation
+from contracts.request import GenerationRequest
+from contracts.worker import WorkerAddress, WorkerConfig, WorkerInfo
+from decode_worker.handoff import Handoff, HandoffEnded
+from decode_worker.peers import PeerTable
+from engine.host import EngineHost
+from engine.scheduler import EngineEvent
+from engine.sequence import Progress, Started, blocks_for
+from kv_transfer.digest import prompt_digest
+from kv_transfer.layout import PROTOCOL_VERSION, MemoryRegion
+from kv_transfer.local import local_layout, model_hash
+from kv_transfer.nixl import NixlConnector
+from kv_transfer.params import decode_and_verify
+from kv_transfer.transfer_thread import TransferThread
+from rpc.server import RpcServer
+from rpc.session_server import SessionSink
+
+log = logging.getLogger(__name__)
+
+HANDOFF_SCOPE = "handoff"  # what the mac of kv_transfer_params is bound to beyond its fields
+Key = tuple[RequestId, int]  # request and attempt
+
+
+@dataclass(slots=True, eq=False)
+class _Decode:
+    """One request on this D. `handoff` runs until the sequence is in the engine."""
+
+    request: GenerationRequest
+    sink: SessionSink
+    path: str
+    handoff: "asyncio.Task[None] | None" = None
+    need_blocks: int = 0  # promised at Adopt, until reserved or given up
+    num_finished: int = 0
+
+
+@dataclass(slots=True)
+class HandoffTotals:
+    """Counters over this worker's life."""
+
+    adopted: int = 0
+    recomputed: int = 0
+    num_bytes: int = 0
+    num_descriptors: int = 0
+    read_s: float = 0.0
+    hit_blocks: int = 0
+
+
+class DecodeWorker:
+    """An ordinary process's decode worker; Serve's deployment is a shell around it."""
+
+    def __init__(self, config: WorkerConfig, *, incarnation: Incarnation | None = None) -> None:
+        self._config = config
+        self._incarnation = new_incarnation() if incarnation is None else incarnation
+        self._host = EngineHost(config, self._incarnation)
+        self._requests: dict[Key, _Decode] = {}
+        self._transfers: TransferThread | None = None
+        self._peers: PeerTable | None = None
+        self._server: RpcServer | None = None
+        self._draining = False
+        self.totals = HandoffTotals()
+        self.recompute_causes: dict[str, int] = {}
+
+    # -- life -------------------------------------------------------------------------------
+
+    async def start(self) -> WorkerAddress:
+        """Load, register the memory, listen. Returns where routers find it."""
+        parts = await self._host.start(self._on_engine_events)
+        self._semantic_hash = model_hash(parts.model_digest)
+        cache, model = parts.cache, parts.model
+        layout = local_layout(
+            dtype=str(model.dtype),
+            block_size=self._config.block_size,
+            base_address=cache.base_address,
+            bytes_per_block=cache.bytes_per_block,
+            num_blocks=cache.num_blocks,
+            words_address=parts.words.address,
+            num_layers=model.num_layers,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            device_index=(model.device.index or 0) if model.device.type == "cuda" else None,
+        )
+        name = f"{self._config.worker_id}-{self._incarnation:x}"
+        self._transfers = TransferThread(lambda: NixlConnector(name))
+        await self._transfers.start()
+        self._landing = np.zeros(cache.num_blocks, dtype=np.uint64)
+        words = MemoryRegion(int(self._landing.ctypes.data), int(self._landing.nbytes))
+        await self._transfers.register(layout.rank.kv_region, words)
+        hello = PeerHello(
+            incarnation=self._incarnation,
+            protocol_version=PROTOCOL_VERSION,
+            semantic_hash=self._semantic_hash,
+            layout=layout.encode(),
+            agent_metadata=await self._transfers.agent_metadata(),
+        )
+        self._peers = PeerTable(hello, self._config.cluster_key, self._transfers)
+        self._info = self._host.info(self._semantic_hash)
+        self._server = await RpcServer.start(
+            self._config.host,
+            self._config.port,
+            cluster_key=self._config.cluster_key,
+            worker=self,
+        )
+        return WorkerAddress(
+            self._config.worker_id,
+            self._config.role,
+            f"{self._config.host}:{self._server.port}",
+            self._incarnation,
+        )
+
+    def assert_pulse(self) -> None:
+        """Raise EngineFailure if the engine thread is dead or stuck."""
+        self._host.engine.assert_pulse()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Admit nothing more; return when nothing runs, or after `timeout_s`."""
+        self._draining = True
+        deadline = time.monotonic() + timeout_s
+        while self._requests and time.monotonic() < deadline:  # noqa: ASYNC110 - bounded, rare
+            await asyncio.sleep(0.02)
+
+    async def close(self) -> None:
+        """End everything. Idempotent; accepts a worker that never started."""
+        self._draining = True
+        handoffs = [d.handoff for d in self._requests.values() if d.handoff is not None]
+        for key in list(self._requests):
+            self.abort(*key)
+        await asyncio.gather(*handoffs, return_exceptions=True)
+        if self._server is not None:
+            await self._server.stop(0.5)
+            self._server = None
+        if self._peers is not None:
+            await self._peers.close()
+            self._peers = None
+        if self._transfers is not None:
+            await self._transfers.close()
+            self._transfers = None
+        await asyncio.to_thread(self._host.stop)
+
+    # -- WorkerService ----------------------------------------------------------------------
+
+    @property
+    def info(self) -> WorkerInfo:
+        """The Hello to routers."""
+        return self._info
+
+    def load(self) -> WorkerLoad:
+        """What rides on every frame; pending handoffs count as waiting."""
+        load = self._host.engine.load
+        pending = sum(1 for decode in self._requests.values() if decode.handoff is not None)
+        return replace(load, waiting=load.waiting + pending, draining=self._draining)
+
+    def submit(self, request: GenerationRequest, handoff: bool, sink: SessionSink) -> None:
+        """Compute a request from its prompt (path `local`), or go on with a replayed one."""
+        if handoff:
+            raise InvalidRequest("a decode worker does not export prefills")
+        decode = self._admit(request, sink, "local")
+        self._add(decode, request)
+
+    def adopt(self, request: GenerationRequest, kv_transfer_params: str, sink: SessionSink) -> None:
+        """Accept or refuse a handoff at once (M6), then pull it while P computes."""
+        assert self._peers is not None
+        assert self._transfers is not None
+        params = decode_and_verify(kv_transfer_params, self._config.cluster_key, HANDOFF_SCOPE)
+        if params.semantic_hash != self._semantic_hash:
+            raise ClaimRefused("P serves another model, or the same one otherwise")
+        digest = prompt_digest(self._semantic_hash, request.cache_salt, request.prompt_ids)
+        if params.prompt_digest != digest:
+            raise ClaimRefused("the params belong to another prompt")
+        refusal = self._refusal(request)
+        if refusal:
+            sink.send([Adopted(request.request_id, request.attempt, False, refusal)])
+            return
+        decode = self._admit(request, sink, "remote")
+        decode.need_blocks = self._need(request)
+        handoff = Handoff(
+            request=request,
+            params=params,
+            digest=digest,
+            host=self._host,
+            peers=self._peers,
+            transfers=self._transfers,
+            landing=self._landing,
+            block_size=self._config.block_size,
+            read_timeout_s=self._config.read_timeout_ms / 1000,
+        )
+        sink.send([Adopted(request.request_id, request.attempt, True)])
+        decode.handoff = asyncio.create_task(self._pull(decode, handoff), name="baton-handoff")
+
+    def abort(self, request_id: RequestId, attempt: int) -> None:
+        """Drop a request and whatever it holds here and on P. Idempotent."""
+        decode = self._requests.pop((request_id, attempt), None)
+        if decode is None:
+            return
+        if decode.handoff is not None:
+            decode.handoff.cancel()  # its blocks are given back on the way out
+        self._host.call(lambda scheduler: scheduler.abort(request_id, attempt))
+
+    def session_lost(self, sink: SessionSink) -> None:
+        """Abort all requests of the session: the router replays them (S2)."""
+        for key, decode in list(self._requests.items()):
+            if decode.sink is sink:
+                self.abort(*key)
+
+    def status(self) -> dict[str, object]:
+        """For people and tests."""
+        totals = self.totals
+        rate = totals.num_bytes / totals.read_s / 1e9 if totals.read_s else 0.0
+        return self._host.status() | {
+            "role": str(self._config.role),
+            "worker_id": self._config.worker_id,
+            "requests": len(self._requests),
+            "handoffs": {
+                "adopted": totals.adopted,
+                "recomputed": totals.recomputed,
+                "recompute_causes": dict(self.recompute_causes),
+                "num_bytes": totals.num_bytes,
+                "num_descriptors": totals.num_descriptors,
+                "read_s": totals.read_s,
+                "gigabytes_per_s": rate,
+                "hit_blocks": totals.hit_blocks,
+            },
+        }
+
+    # -- inside -----------------------------------------------------------------------------
+
+    def _need(self, request: GenerationRequest) -> int:
+        prompt = len(request.prompt_ids) + 1
+        return blocks_for(prompt, self._config.block_size) + request.params.n - 1
+
+    def _refusal(self, request: GenerationRequest) -> str:
+        """Why this D cannot take a handoff now; empty if it can (M6)."""
+        if self._draining:
+            return "draining"
+        if len(self._requests) >= self._config.max_waiting + self._config.max_running:
+            return f"{len(self._requests)} requests are here"
+        scheduler = self._host.parts.scheduler
+        try:
+            scheduler.check_fits(request)
+        except InvalidRequest as error:
+            return str(error)
+        promised = sum(decode.need_blocks for decode in self._requests.values())
+        if promised + self._need(request) > scheduler.pool.total:
+            return f"{promised} KV blocks are promised to handoffs already"
+        return ""
+
+    def _admit(self, request: GenerationRequest, sink: SessionSink, path: str) -> _Decode:
+        if self._draining:
+            raise Unavailable("this decode worker is draining")
+        key = (request.request_id, request.attempt)
+        if key in self._requests:
+            raise InvalidRequest(f"request {request.request_id} is here already")
+        self._host.parts.scheduler.check_fits(request)
+        decode = _Decode(request, sink, path, num_finished=len(request.finished))
+        self._requests[key] = decode
+        return decode
+
+    def _add(self, decode: _Decode, request: GenerationRequest) -> None:
+        key = (request.request_id, request.attempt)
+        loop = asyncio.get_running_loop()
+        added = self._host.call(lambda scheduler: scheduler.add(request, export=False))
+        added.add_done_callback(
+            lambda done: loop.call_soon_threadsafe(self._added, key, done.exception())
+        )
+
+    def _added(self, key: Key, error: BaseException | None) -> None:
+        if error is not None:
+            self._fail(key, error)
+
+    def _fail(self, key: Key, error: BaseException) -> None:
+        decode = self._requests.pop(key, None)
+        if decode is not None:
+            kind = type(error).__name__ if isinstance(error, ServingError) else "EngineFailure"
+            decode.sink.send([RequestFailed(key[0], key[1], kind, str(error))])
+
+    async def _pull(self, decode: _Decode, handoff: Handoff) -> None:
+        """A handoff's task: ends with the sequence in the engine, by either path."""
+        request = decode.request
+        key = (request.request_id, request.attempt)
+        try:
+            await handoff.run(lambda done: self._joined(decode, done))
+        except HandoffEnded:
+            self._requests.pop(key, None)
+        except ServingError as error:
+            self._recompute(decode, handoff, error)
+        except Exception as error:
+            log.exception("request %s: the handoff failed on a fault of ours", request.request_id)
+            self._recompute(decode, handoff, error)
+        finally:
+            decode.handoff = None
+            decode.need_blocks = 0
+
+    def _joined(self, decode: _Decode, handoff: Handoff) -> None:
+        request, stats, totals = decode.request, handoff.stats, self.totals
+        totals.adopted += 1
+        totals.num_bytes += stats.num_bytes
+        totals.num_descriptors += stats.num_descriptors
+        totals.read_s += stats.read_s
+        totals.hit_blocks += stats.hit_blocks
+        taken = PathTaken(
+            request.request_id,
+            request.attempt,
+            "remote",
+            num_bytes=stats.num_bytes,
+            num_descriptors=stats.num_descriptors,
+            read_s=stats.read_s,
+        )
+        decode.num_finished += sum(tokens.finish is not None for tokens in handoff.first_tokens)
+        decode.sink.send([taken, *handoff.first_tokens])
+
+    def _recompute(self, decode: _Decode, handoff: Handoff, error: Exception) -> None:
+        """The handoff failed: compute the prompt here, going on from token 1 if it is known."""
+        cause = type(error).__name__
+        self.totals.recomputed += 1
+        self.recompute_causes[cause] = self.recompute_causes.get(cause, 0) + 1
+        request = decode.request
+        log.warning("request %s: recomputing (%s: %s)", request.request_id, cause, error)
+        decode.path = "recomputed"
+        events: list[PathTaken | TokensOut] = [
+            PathTaken(request.request_id, request.attempt, "recomputed", cause)
+        ]
+        first = handoff.first_tokens
+        if first:
+            finished = tuple(tokens.choice for tokens in first if tokens.finish is not None)
+            outputs: list[tuple[int, ...]] = [()] * request.params.n
+            for tokens in first:
+                outputs[tokens.choice] = tokens.token_ids
+            request = replace(request, output_ids=tuple(outputs), finished=finished)
+            decode.num_finished = len(finished)
+            events += first
+        decode.sink.send(events)
+        self._add(decode, request)
+
+    def _on_engine_events(self, events: list[EngineEvent]) -> None:
+        for event in events:
+            key = (event.request_id, event.attempt)
+            decode = self._requests.get(key)
+            if decode is None or isinstance(event, Progress):
+                continue
+            if isinstance(event, Started):
+                if decode.path == "local":
+                    decode.sink.send([PrefillStarted(*key, "", event.cached_tokens)])
+                    decode.sink.send([PathTaken(*key, "local")])
+                continue
+            decode.sink.send([event])
+            if event.finish is not None:
+                decode.num_finished += 1
+                if decode.num_finished == decode.request.params.n:
+                    del self._requests[key]

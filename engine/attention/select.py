@@ -1,0 +1,16 @@
+"""Which attention backend a device gets."""
+
+import torch
+
+from engine.attention.base import AttentionBackend
+from engine.attention.cpu import SdpaBackend
+from engine.attention.cuda import FlashInferBackend, flashinfer_fits
+
+
+def select_backend(
+    device: torch.device, dtype: torch.dtype = torch.float32, head_dim: int = 0
+) -> AttentionBackend:
+    """FlashInfer where it is installed and has kernels for the model, else plain torch."""
+    if device.type == "cuda" and flashinfer_fits(dtype, head_dim):
+        return FlashInferBackend(device)
+    return SdpaBackend()

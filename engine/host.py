@@ -1,0 +1,220 @@
+"""One engine inside an asyncio process: built off the loop, commanded from it, heard on it."""
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from contracts.errors import ConfigurationError
+from contracts.ids import Incarnation
+from contracts.worker import WorkerConfig, WorkerInfo
+from engine.attention.select import select_backend
+from engine.block_pool import BlockPool, Ledger
+from engine.generations import GenerationWords
+from engine.kv_cache import KvCache
+from engine.loop import Engine
+from engine.model import LoadedModel, load_model
+from engine.plan import Sampled, StepPlan
+from engine.probe import probe
+from engine.runner import ModelRunner
+from engine.sampler import sample
+from engine.scheduler import EngineEvent, Scheduler, SchedulerConfig
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+def package_version() -> str:
+    """Baton's own version."""
+    try:
+        return version("baton-serve")
+    except PackageNotFoundError:
+        return "0+source"
+
+
+class ModelComputer:
+    """Computes a plan with a model: forward, then the draws."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
+
+    def compute(self, plan: StepPlan) -> list[Sampled]:
+        """One token for each slot, in plan order; returns when the device has finished."""
+        with torch.inference_mode():
+            logits = self._runner.forward(plan)
+            drawn = [chunk.slots for chunk in plan.chunks if chunk.slots]
+            slots = [slot for row in drawn for slot in row]
+            if not slots:
+                if logits.is_cuda:
+                    torch.cuda.current_stream().synchronize()  # F2: complete before announced
+                return []
+            rows = [index for index, row in enumerate(drawn) for _ in row]
+            return sample(logits, rows, slots)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineParts:
+    """What a worker needs of its engine besides commands: memory to register, facts to tell."""
+
+    model: LoadedModel
+    cache: KvCache
+    words: GenerationWords
+    scheduler: Scheduler
+    backend_name: str
+    max_model_len: int
+    model_digest: dict[str, str]  # what P and D must agree on, by name
+
+
+def build(config: WorkerConfig, incarnation: Incarnation) -> tuple[EngineParts, ModelComputer]:
+    """Load the model, size the cache, prove that this architecture is served right.
+
+    Raises:
+        UnsupportedModel: refused by name.
+        ConfigurationError: the cache cannot hold what was asked for.
+    """
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    model = load_model(config.model_path, config.device, config.dtype, config.max_model_len)
+    spec = model.kv_spec(config.block_size)
+    num_blocks = spec.blocks_in(config.kv_memory_bytes)
+    capacity = num_blocks * config.block_size
+    if config.max_model_len is not None and config.max_model_len > capacity:
+        raise ConfigurationError(
+            f"--max-model-len {config.max_model_len} needs more KV memory than "
+            f"{config.kv_memory_bytes >> 20} MiB, which hold {capacity} tokens; "
+            "raise --kv-memory or lower --max-model-len"
+        )
+    max_model_len = min(model.max_model_len, capacity)
+    if max_model_len < 2 * config.block_size:
+        raise ConfigurationError(
+            f"{config.kv_memory_bytes >> 20} MiB of KV memory hold only {capacity} tokens; "
+            "raise --kv-memory"
+        )
+    cache = KvCache(spec, num_blocks, model.device)
+    head_dim = model.head_dim
+    backend = select_backend(model.device, model.dtype, head_dim)
+    runner = ModelRunner(model, cache, backend)
+    difference = probe(runner)
+    log.info(
+        "model ready: %s layers, %d KV blocks of %d tokens, attention %s, probe difference %.2g",
+        model.num_layers,
+        num_blocks,
+        config.block_size,
+        backend.name,
+        difference,
+    )
+    words = GenerationWords(num_blocks, incarnation)
+    scheduler = Scheduler(
+        SchedulerConfig(
+            block_size=config.block_size,
+            max_model_len=max_model_len,
+            max_step_tokens=config.max_step_tokens,
+            max_running=config.max_running,
+            max_waiting=config.max_waiting,
+            prefix_caching=config.prefix_caching,
+        ),
+        BlockPool(num_blocks, words),
+    )
+    tokenizer = Path(config.model_path) / "tokenizer.json"
+    digest = {
+        "weights": model.weights_digest(),
+        "dtype": str(model.dtype),
+        "tokenizer": hashlib.sha256(tokenizer.read_bytes()).hexdigest()
+        if tokenizer.is_file()
+        else "",
+    }
+    parts = EngineParts(model, cache, words, scheduler, backend.name, max_model_len, digest)
+    return parts, ModelComputer(runner)
+
+
+class EngineHost:
+    """An engine and the event loop that commands it. `on_events` runs on that loop."""
+
+    def __init__(self, config: WorkerConfig, incarnation: Incarnation) -> None:
+        self._config = config
+        self._incarnation = incarnation
+        self._engine: Engine | None = None
+        self._parts: EngineParts | None = None
+
+    async def start(self, on_events: Callable[[list[EngineEvent]], None]) -> EngineParts:
+        """Build everything in a thread and start stepping."""
+        loop = asyncio.get_running_loop()
+
+        def deliver(events: list[EngineEvent]) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(on_events, events)
+
+        parts, computer = await asyncio.to_thread(build, self._config, self._incarnation)
+        self._parts = parts
+        self._engine = Engine(
+            parts.scheduler, computer, deliver, check_ledger=self._config.check_ledger
+        )
+        self._engine.start()
+        return parts
+
+    @property
+    def parts(self) -> EngineParts:
+        """What `start` built."""
+        assert self._parts is not None, "the engine has not been started"
+        return self._parts
+
+    @property
+    def engine(self) -> Engine:
+        """The running engine."""
+        assert self._engine is not None, "the engine has not been started"
+        return self._engine
+
+    def call(self, function: Callable[[Scheduler], T]) -> "Future[T]":
+        """Run `function` in the engine thread before its next step."""
+        return self.engine.call(function)
+
+    async def ledger(self) -> Ledger:
+        """Count the blocks by state, between two steps."""
+        return await asyncio.wrap_future(self.call(lambda scheduler: scheduler.pool.ledger()))
+
+    def info(self, semantic_hash: str) -> WorkerInfo:
+        """The worker's Hello."""
+        parts, config = self.parts, self._config
+        return WorkerInfo(
+            worker_id=config.worker_id,
+            role=config.role,
+            incarnation=self._incarnation,
+            semantic_hash=semantic_hash,
+            max_model_len=parts.max_model_len,
+            max_prompt_tokens=min(
+                parts.max_model_len - 1, (parts.cache.num_blocks - 1) * config.block_size
+            ),
+            block_size=config.block_size,
+            total_blocks=parts.cache.num_blocks,
+            attention_backend=parts.backend_name,
+            device=str(parts.model.device),
+            version=package_version(),
+        )
+
+    def status(self) -> dict[str, object]:
+        """Counters, and the ledger as of now: read without stopping the engine."""
+        scheduler = self.parts.scheduler
+        ledger = scheduler.pool.ledger()
+        return {
+            "ledger": {name: getattr(ledger, name) for name in Ledger.__slots__},
+            "balanced": ledger.balanced,
+            "idle": ledger.idle,
+            "steps": self.engine.steps,
+            "busy_s": self.engine.busy_s,
+            "preemptions": scheduler.preemptions,
+            "evictions": scheduler.pool.evictions,
+            "computed_prompt_tokens": scheduler.computed_prompt_tokens,
+            "cached_prompt_tokens": scheduler.cached_prompt_tokens,
+        }
+
+    def stop(self) -> None:
+        """End the engine thread. Idempotent; accepts a host that never started."""
+        if self._engine is not None:
+            self._engine.stop()

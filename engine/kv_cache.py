@@ -1,0 +1,162 @@
+"""The paged KV cache: one contiguous tensor in which a block is one contiguous region.
+
+    [ block 0                                   | block 1 ... ]
+      layer 0         | layer 1         | ...
+      keys  | values  | keys  | values
+
+So a block of all layers is moved by one descriptor, and a run of neighbouring blocks too.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from contracts.errors import ConfigurationError
+
+
+@dataclass(frozen=True, slots=True)
+class KvSpec:
+    """The shape of a cache's blocks. `block_size` is in tokens."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Bytes of one block, all layers, keys and values."""
+        elements = self.num_layers * 2 * self.block_size * self.num_kv_heads * self.head_dim
+        return elements * self.dtype.itemsize
+
+    def blocks_in(self, memory_bytes: int) -> int:
+        """How many blocks fit into `memory_bytes`."""
+        return memory_bytes // self.bytes_per_block
+
+
+class KvCache:
+    """Owns the tensor `[num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]`.
+
+    It knows bytes, not owners: who may write which block is the pool's business. Everything
+    starts at zero.
+    """
+
+    def __init__(self, spec: KvSpec, num_blocks: int, device: torch.device) -> None:
+        self.spec = spec
+        self.num_blocks = num_blocks
+        self.tensor = torch.zeros(
+            (
+                num_blocks,
+                spec.num_layers,
+                2,
+                spec.block_size,
+                spec.num_kv_heads,
+                spec.head_dim,
+            ),
+            dtype=spec.dtype,
+            device=device,
+        )
+        row = spec.num_kv_heads * spec.head_dim
+        # A row is one token's keys (or values) of one layer; a panel is one block's. Narrowing by
+        # the layer lets the row and panel numbers of layer 0 serve every layer.
+        rows = self.tensor.view(-1, row)
+        panels = self.tensor.view(-1, spec.block_size * row)
+        self._rows = [rows[index * spec.block_size :] for index in range(2 * spec.num_layers)]
+        self._panels = [panels[index:] for index in range(2 * spec.num_layers)]
+
+    @classmethod
+    def sized(cls, spec: KvSpec, memory_bytes: int, device: torch.device) -> "KvCache":
+        """As many blocks as fit into `memory_bytes`.
+
+        Raises:
+            ConfigurationError: not even one block fits.
+        """
+        num_blocks = spec.blocks_in(memory_bytes)
+        if num_blocks < 1:
+            raise ConfigurationError(
+                f"{memory_bytes} bytes of KV memory hold no block of {spec.bytes_per_block} bytes"
+            )
+        return cls(spec, num_blocks, device)
+
+    @property
+    def base_address(self) -> int:
+        """Address of block 0; block b begins `b * bytes_per_block` after it."""
+        return self.tensor.data_ptr()
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Bytes of one block, all layers, keys and values."""
+        return self.spec.bytes_per_block
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the whole cache."""
+        return self.num_blocks * self.spec.bytes_per_block
+
+    @property
+    def block_size(self) -> int:
+        """Tokens per block."""
+        return self.spec.block_size
+
+    @property
+    def num_layers(self) -> int:
+        """Attention layers."""
+        return self.spec.num_layers
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensor is."""
+        return self.tensor.device
+
+    @property
+    def panels_per_block(self) -> int:
+        """Distance, in panels, between the same layer's keys of neighbouring blocks."""
+        return 2 * self.spec.num_layers
+
+    @property
+    def rows_per_block(self) -> int:
+        """Distance, in rows, between the same layer's keys of neighbouring blocks."""
+        return 2 * self.spec.num_layers * self.spec.block_size
+
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views on a layer's keys and values, each [num_blocks, block_size, kv_heads, head_dim]."""
+        return self.tensor[:, index, 0], self.tensor[:, index, 1]
+
+    def write(self, layer: int, rows: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Store new tokens.
+
+        Args:
+            layer: index of the layer.
+            rows: [tokens] int64, `block * rows_per_block + offset in block`.
+            key: [tokens, num_kv_heads, head_dim].
+            value: likewise.
+        """
+        flat = (-1, self.spec.num_kv_heads * self.spec.head_dim)
+        dtype = self.spec.dtype
+        self._rows[2 * layer].index_copy_(0, rows, key.reshape(flat).to(dtype))
+        self._rows[2 * layer + 1].index_copy_(0, rows, value.reshape(flat).to(dtype))
+
+    def gather(self, layer: int, panels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of whole blocks.
+
+        Args:
+            layer: index of the layer.
+            panels: [blocks] int64, `block * panels_per_block`.
+
+        Returns:
+            Keys and values, each [blocks * block_size, num_kv_heads, head_dim].
+        """
+        shape = (-1, self.spec.num_kv_heads, self.spec.head_dim)
+        key = self._panels[2 * layer].index_select(0, panels)
+        value = self._panels[2 * layer + 1].index_select(0, panels)
+        return key.view(shape), value.view(shape)
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks (source, target), as if all at once: every source is read first."""
+        if not pairs:
+            return
+        sources = torch.tensor([pair[0] for pair in pairs], device=self.device)
+        targets = torch.tensor([pair[1] for pair in pairs], device=self.device)
+        self.tensor.index_copy_(0, targets, self.tensor.index_select(0, sources))

@@ -1,0 +1,163 @@
+"""The engine thread: commands in, steps, events out. Nothing else touches scheduler and pool."""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Protocol, TypeVar
+
+from contracts.errors import EngineFailure
+from contracts.events import WorkerLoad
+from engine.plan import Sampled, StepPlan
+from engine.scheduler import EngineEvent, Scheduler
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+_IDLE_WAIT_S = 0.25  # an idle engine shows a pulse this often
+_BLOCKED_WAIT_S = 0.002  # nothing fits: look again soon, or when a command comes
+
+
+class StepComputer(Protocol):
+    """Computes a plan: one token for each slot, in plan order. Returns when the device is done."""
+
+    def compute(self, plan: StepPlan) -> list[Sampled]:
+        """Compute one step."""
+        ...
+
+
+class Engine:
+    """Runs a scheduler and a computer in one thread.
+
+    `on_events` is called in the engine thread after every step that has something to tell.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        computer: StepComputer,
+        on_events: Callable[[list[EngineEvent]], None],
+        *,
+        check_ledger: bool = False,
+    ) -> None:
+        self._scheduler = scheduler
+        self._computer = computer
+        self._on_events = on_events
+        self._check_ledger = check_ledger
+        self._commands: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._failure: BaseException | None = None
+        self._pulse_s = time.monotonic()
+        self._load = scheduler.load()
+        self.steps = 0
+        self.busy_s = 0.0
+        self._thread = threading.Thread(target=self._run, name="baton-engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """End the thread after its current step. Idempotent."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    @property
+    def load(self) -> WorkerLoad:
+        """The load after the last step or command (any thread)."""
+        return self._load
+
+    def call(self, function: Callable[[Scheduler], T]) -> "Future[T]":
+        """Run `function` in the engine thread before its next step (any thread may ask)."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(function(self._scheduler))
+            except BaseException as error:
+                future.set_exception(error)
+
+        with self._wake:
+            if self._stopping or self._failure is not None:
+                future.set_exception(EngineFailure("the engine has stopped"))
+                return future
+            self._commands.append(run)
+            self._wake.notify()
+        return future
+
+    def assert_pulse(self, limit_s: float = 60.0) -> None:
+        """Raise EngineFailure if the thread has died or not come round for `limit_s`."""
+        if self._failure is not None:
+            raise EngineFailure(f"the engine failed: {self._failure!r}")
+        if not self._thread.is_alive():
+            raise EngineFailure("the engine thread is not running")
+        silent = time.monotonic() - self._pulse_s
+        if silent > limit_s:
+            raise EngineFailure(f"the engine has not come round for {silent:.0f} s")
+
+    def _run(self) -> None:
+        try:
+            while self._turn():
+                pass
+        except BaseException as error:
+            log.exception("the engine failed")
+            with self._wake:
+                self._failure = error
+        finally:
+            self._refuse_commands()
+
+    def _turn(self) -> bool:
+        self._pulse_s = time.monotonic()
+        with self._wake:
+            if self._stopping:
+                return False
+            if not self._commands and not self._scheduler.has_work:
+                self._wake.wait(_IDLE_WAIT_S)
+            commands = [self._commands.popleft() for _ in range(len(self._commands))]
+        for command in commands:
+            command()
+        if self._scheduler.has_work:
+            self._step()
+        elif commands:
+            self._publish()
+        return True
+
+    def _step(self) -> None:
+        began = time.monotonic()
+        plan = self._scheduler.schedule()
+        if not plan.chunks:
+            self._scheduler.commit(plan, ())
+            self._publish()
+            with self._wake:
+                if not self._commands and not self._stopping:
+                    self._wake.wait(_BLOCKED_WAIT_S)
+            return
+        # Params go out before the compute: the D reserves while P computes.
+        self._publish()
+        sampled = self._computer.compute(plan)
+        self._scheduler.commit(plan, sampled)
+        self.steps += 1
+        self.busy_s += time.monotonic() - began
+        self._publish()
+
+    def _publish(self) -> None:
+        self._load = self._scheduler.load()
+        if self._check_ledger:
+            self._scheduler.pool.check()
+        events = self._scheduler.take_events()
+        if events:
+            self._on_events(events)
+
+    def _refuse_commands(self) -> None:
+        with self._wake:
+            self._stopping = True
+            while self._commands:
+                self._commands.popleft()()

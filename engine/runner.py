@@ -1,0 +1,125 @@
+"""Computes a plan: a flattened batch in, a row of logits for each chunk that is drawn from."""
+
+import inspect
+from itertools import chain
+
+import numpy as np
+import torch
+
+from engine.attention.base import AttentionBackend, IntArray, StepBatch
+from engine.kv_cache import KvCache
+from engine.model import LoadedModel
+from engine.plan import Chunk, StepPlan
+
+
+class BlockTables:
+    """Block tables as arrays. Keeps those of the last step, for most chunks have them again."""
+
+    def __init__(self) -> None:
+        self._last: dict[int, tuple[tuple[int, ...], IntArray]] = {}
+
+    def of(self, chunks: tuple[Chunk, ...]) -> list[IntArray]:
+        """One array of block ids for each chunk, in order."""
+        kept: dict[int, tuple[tuple[int, ...], IntArray]] = {}
+        tables = []
+        for chunk in chunks:
+            entry = self._last.get(chunk.sequence)
+            if entry is None or entry[0] != chunk.block_table:
+                table = np.asarray(chunk.block_table, dtype=np.int64)
+                entry = (chunk.block_table, table)
+            kept[chunk.sequence] = entry
+            tables.append(entry[1])
+        self._last = kept
+        return tables
+
+
+class ModelRunner:
+    """Runs a model over the paged cache. The only user of both; used by one thread."""
+
+    def __init__(self, model: LoadedModel, cache: KvCache, backend: AttentionBackend) -> None:
+        self.model = model
+        self.cache = cache
+        self.backend = backend
+        self._tables = BlockTables()
+        parameters = inspect.signature(model.module.forward).parameters
+        self._keeps_logits = "logits_to_keep" in parameters
+        model.slot.backend = backend
+
+    def forward(self, plan: StepPlan) -> torch.Tensor:
+        """Compute a step: copies first, then all chunks in one forward pass.
+
+        Returns:
+            [rows, vocab_size] float32 on the model's device: the last token's logits of each
+            chunk that has slots, in plan order. The device may still be computing them.
+        """
+        with torch.inference_mode():
+            self.cache.copy_blocks(plan.copies)
+            if not plan.chunks:
+                return torch.empty((0, self.model.vocab_size), device=self.model.device)
+            return self._forward(plan.chunks)
+
+    def _forward(self, chunks: tuple[Chunk, ...]) -> torch.Tensor:
+        device = self.model.device
+        lens = np.asarray([len(chunk.token_ids) for chunk in chunks], dtype=np.int64)
+        starts = np.asarray([chunk.start for chunk in chunks], dtype=np.int64)
+        query_starts = np.zeros(len(chunks) + 1, dtype=np.int64)
+        np.cumsum(lens, out=query_starts[1:])
+        num_tokens = int(query_starts[-1])
+        tables = self._tables.of(chunks)
+
+        # One array, so one copy to the device: token ids, positions, cache rows, rows to keep.
+        drawn = [index for index, chunk in enumerate(chunks) if chunk.slots]
+        packed = np.empty(3 * num_tokens + len(drawn), dtype=np.int64)
+        tokens, positions, rows = (
+            packed[part * num_tokens : (part + 1) * num_tokens] for part in range(3)
+        )
+        tokens[:] = np.fromiter(
+            chain.from_iterable(chunk.token_ids for chunk in chunks), np.int64, num_tokens
+        )
+        positions[:] = np.arange(num_tokens) + np.repeat(starts - query_starts[:-1], lens)
+        self._cache_rows(positions, lens, query_starts, tables, rows)
+        packed[3 * num_tokens :] = query_starts[1:][drawn] - 1
+        on_device = torch.from_numpy(packed).to(device, non_blocking=True)
+        keep = on_device[3 * num_tokens :]
+
+        self.backend.prepare(
+            StepBatch(
+                query_starts=query_starts,
+                query_lens=lens,
+                kv_lens=starts + lens,
+                tables=tables,
+                write_rows=on_device[2 * num_tokens : 3 * num_tokens],
+            ),
+            self.cache,
+        )
+        self.model.slot.backend = self.backend
+        options = {"logits_to_keep": keep} if self._keeps_logits else {}
+        logits: torch.Tensor = self.model.module(
+            input_ids=on_device[None, :num_tokens],
+            position_ids=on_device[None, num_tokens : 2 * num_tokens],
+            use_cache=False,
+            **options,
+        ).logits[0]
+        if not self._keeps_logits:
+            logits = logits.index_select(0, keep)
+        return logits.float()
+
+    def _cache_rows(
+        self,
+        positions: IntArray,
+        lens: IntArray,
+        query_starts: IntArray,
+        tables: list[IntArray],
+        rows: IntArray,
+    ) -> None:
+        """Fill `rows` with each token's row in the cache (see KvCache.write)."""
+        slot, offset = np.divmod(positions, self.cache.block_size)
+        if len(lens) == len(positions):  # decode only: one block number of each table
+            blocks = [table[index] for table, index in zip(tables, slot.tolist(), strict=True)]
+            rows[:] = blocks
+        else:
+            for index, table in enumerate(tables):
+                part = slice(query_starts[index], query_starts[index + 1])
+                rows[part] = table[slot[part]]
+        rows *= self.cache.rows_per_block
+        rows += offset

@@ -1,0 +1,99 @@
+"""One sequence of tokens with its KV blocks, and what a handoff reserves for one."""
+
+from dataclasses import dataclass, field
+
+from contracts.ids import RequestId
+from contracts.request import GenerationRequest
+from engine.block_pool import block_key, root_key
+
+
+def blocks_for(num_tokens: int, block_size: int) -> int:
+    """Blocks that hold `num_tokens` tokens."""
+    return -(-num_tokens // block_size)
+
+
+def extend_keys(
+    keys: list[bytes], token_ids: list[int], block_size: int, cache_salt: str, count: int
+) -> None:
+    """Lengthen `keys` to the keys of the first `count` full blocks of `token_ids`."""
+    while len(keys) < count:
+        start = len(keys) * block_size
+        parent = keys[-1] if keys else root_key(cache_salt)
+        keys.append(block_key(parent, token_ids[start : start + block_size]))
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Tokens [0, num_computed) have their KV in `block_ids`, in order; the rest are pending.
+
+    `choices` are those its next draw is for: all choices of the request while the prompt is
+    computed, exactly one afterwards. Only `Scheduler.commit` moves `num_computed`; only the engine
+    thread touches a Sequence.
+    """
+
+    key: int
+    request: GenerationRequest
+    choices: tuple[int, ...]
+    token_ids: list[int]
+    arrival: int
+    export: bool = False  # prefill only: the blocks go to a D
+    started: bool = False  # has been given blocks before
+    num_computed: int = 0
+    block_ids: list[int] = field(default_factory=list[int])
+    block_keys: list[bytes] = field(default_factory=list[bytes])
+    num_remembered: int = 0  # leading blocks already in the prefix cache
+
+    @property
+    def num_prompt(self) -> int:
+        """Prompt tokens."""
+        return len(self.request.prompt_ids)
+
+    @property
+    def num_outputs(self) -> int:
+        """Output tokens so far: the position of the next one."""
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def remaining(self) -> int:
+        """Tokens whose KV is still to be computed before the next draw."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Earlier is served first and preempted last."""
+        return self.arrival, self.choices[0]
+
+
+@dataclass(slots=True, eq=False)
+class Reservation:
+    """Blocks promised to one arriving handoff (rule M2): all or none.
+
+    `blocks` hold prompt + 1 tokens in order; the first `num_hits` were in D's own prefix cache and
+    need no reading. `spare` has one block for each further choice.
+    """
+
+    request: GenerationRequest
+    blocks: list[int]
+    num_hits: int
+    spare: list[int]
+    block_keys: list[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A request was given all its prompt's blocks (M1) and its first chunk is planned."""
+
+    request_id: RequestId
+    attempt: int
+    block_ids: tuple[int, ...]
+    cached_tokens: int
+    export: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """KV of the first `computed_tokens` tokens of an exported prompt is complete (F2)."""
+
+    request_id: RequestId
+    attempt: int
+    computed_tokens: int

@@ -1,0 +1,103 @@
+"""The prefill worker as a Serve deployment: a thin shell that starts, announces, drains.
+
+No request passes through Serve; it places the worker, watches its health and ends it.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+import ray
+from ray import serve
+
+from contracts.worker import WorkerAddress, WorkerConfig
+
+logger = logging.getLogger(__name__)
+
+_CLOSE_S = 1.0  # of the graceful time-out, kept back for closing
+
+
+class Announcer(Protocol):
+    """Where a worker says that it lives (cluster.registry). No call raises or waits long."""
+
+    async def announce(self, address: WorkerAddress) -> None:
+        """Now, and again and again until withdrawn."""
+        ...
+
+    async def draining(self) -> None:
+        """Routers shall not begin with it any more."""
+        ...
+
+    async def withdraw(self) -> None:
+        """It is gone. Idempotent."""
+        ...
+
+    async def failed(self, who: str, error: BaseException) -> None:
+        """It could not start."""
+        ...
+
+
+class PrefillDeployment:
+    """One replica: one worker.
+
+    Args:
+        configure: gives the worker's configuration for (worker id, this node's IP address).
+        announcer: makes this replica's announcer.
+        graceful_timeout_s: the deployment's `graceful_shutdown_timeout_s`; Serve kills after it.
+    """
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self,
+        configure: Callable[[str, str], WorkerConfig],
+        announcer: Callable[[], Announcer],
+        graceful_timeout_s: float,
+    ) -> None:
+        self._announcer = announcer()
+        self._drain_s = max(0.0, graceful_timeout_s - _CLOSE_S)
+        worker_id = serve.get_replica_context().replica_id.unique_id
+        try:
+            from prefill_worker.worker import PrefillWorker  # torch: 3 s, not for the controller
+
+            config = configure(worker_id, ray.util.get_node_ip_address())
+            self._worker = PrefillWorker(config)
+            address = await self._worker.start()
+        except Exception as error:
+            await self._announcer.failed("prefill worker", error)
+            await self.close()
+            raise
+        await self._announcer.announce(address)
+
+    async def check_health(self) -> None:
+        """Raises EngineFailure if the engine is dead or stuck; Serve then replaces the replica."""
+        self._worker.assert_pulse()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """The load, for a custom autoscaling policy."""
+        load = self._worker.load()
+        return {
+            "waiting": load.waiting,
+            "running": load.running,
+            "waiting_tokens": load.waiting_tokens,
+            "used_blocks": load.total_blocks - load.free_blocks,
+        }
+
+    async def drain(self) -> None:
+        """Leave the routers' choice, then let what runs end, in the time that Serve gives."""
+        if hasattr(self, "_worker"):
+            await self._announcer.draining()
+            await self._worker.drain(self._drain_s)
+
+    async def close(self) -> None:
+        """Leave the registry and end the worker. Idempotent; accepts a half-started replica."""
+        if hasattr(self, "_announcer"):
+            await self._announcer.withdraw()
+        if hasattr(self, "_worker"):
+            await self._worker.close()
+
+    async def __del__(self) -> None:
+        """Awaited by Serve on scale-down, redeploy, failed health and shutdown."""
+        try:
+            await self.drain()
+        except Exception:
+            logger.exception("draining failed; closing")
+        await self.close()

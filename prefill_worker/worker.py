@@ -1,0 +1,410 @@
+"""The P role: computes prompts, exports their KV under a lease, tells router and D token 1.
+
+Everything here runs on the event loop; the engine's thread is reached by commands and heard by
+events. Handlers are idempotent (protocol notes, section 8).
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import cast
+
+from contracts.errors import (
+    ClaimRefused,
+    InvalidRequest,
+    ServingError,
+    Unavailable,
+)
+from contracts.events import PrefillStarted, RequestFailed, TokensOut, WorkerLoad
+from contracts.handoff import (
+    ChunkReady,
+    Claim,
+    ClaimGranted,
+    FirstTokens,
+    FromPrefill,
+    PeerHello,
+    Revoked,
+)
+from contracts.ids import (
+    BlockId,
+    Incarnation,
+    RequestId,
+    TransferId,
+    new_incarnation,
+    new_transfer_id,
+)
+from contracts.request import GenerationRequest
+from contracts.worker import WorkerAddress, WorkerConfig, WorkerInfo
+from engine.host import EngineHost
+from engine.scheduler import EngineEvent
+from engine.sequence import Progress, Started
+from kv_transfer.digest import prompt_digest
+from kv_transfer.layout import PROTOCOL_VERSION, KvLayout, compatible
+from kv_transfer.leases import Ended, ExportTable
+from kv_transfer.local import local_layout, model_hash
+from kv_transfer.nixl import NixlConnector
+from kv_transfer.params import KvTransferParams, encode_incarnation, sign
+from kv_transfer.transfer_thread import TransferThread
+from rpc.peer_server import PeerSink
+from rpc.server import RpcServer
+from rpc.session_server import SessionSink
+
+log = logging.getLogger(__name__)
+
+HANDOFF_SCOPE = "handoff"  # what the mac of kv_transfer_params is bound to beyond its fields
+_HOUSEKEEPING_S = 0.1
+_REVOKE_AFTER_S = 0.5  # L6
+Key = tuple[RequestId, int]  # request and attempt
+
+
+@dataclass(slots=True, eq=False)
+class _Prefill:
+    """One request on this P, until its transfer is over (or, without one, its tokens are out)."""
+
+    request: GenerationRequest
+    handoff: bool
+    sink: SessionSink
+    transfer_id: TransferId | None = None
+    first_tokens: list[TokensOut] = field(default_factory=list[TokensOut])
+    num_finished: int = 0
+
+
+class PrefillWorker:
+    """An ordinary process's prefill worker; Serve's deployment is a shell around it."""
+
+    def __init__(self, config: WorkerConfig, *, incarnation: Incarnation | None = None) -> None:
+        self._config = config
+        self._incarnation = new_incarnation() if incarnation is None else incarnation
+        self._host = EngineHost(config, self._incarnation)
+        self._exports = ExportTable(config.lease_ms / 1000, time.monotonic)
+        self._requests: dict[Key, _Prefill] = {}
+        self._by_transfer: dict[TransferId, Key] = {}
+        self._transfers: TransferThread | None = None
+        self._server: RpcServer | None = None
+        self._housekeeper: asyncio.Task[None] | None = None
+        self._draining = False
+        self._blocked_since: float | None = None
+        self._address: WorkerAddress | None = None
+        self.ended_transfers: dict[str, int] = {}  # by reason
+
+    # -- life -------------------------------------------------------------------------------
+
+    async def start(self) -> WorkerAddress:
+        """Load, register the memory, listen. Returns where routers and peers find it."""
+        parts = await self._host.start(self._on_engine_events)
+        self._semantic_hash = model_hash(parts.model_digest)
+        cache, model = parts.cache, parts.model
+        self._layout = local_layout(
+            dtype=str(model.dtype),
+            block_size=self._config.block_size,
+            base_address=cache.base_address,
+            bytes_per_block=cache.bytes_per_block,
+            num_blocks=cache.num_blocks,
+            words_address=parts.words.address,
+            num_layers=model.num_layers,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            device_index=(model.device.index or 0) if model.device.type == "cuda" else None,
+        )
+        name = f"{self._config.worker_id}-{self._incarnation:x}"
+        self._transfers = TransferThread(lambda: NixlConnector(name))
+        await self._transfers.start()
+        rank = self._layout.rank
+        await self._transfers.register(rank.kv_region, rank.words_region)
+        self._metadata = await self._transfers.agent_metadata()
+        self._info = self._host.info(self._semantic_hash)
+        self._server = await RpcServer.start(
+            self._config.host,
+            self._config.port,
+            cluster_key=self._config.cluster_key,
+            worker=self,
+            peer=self,
+        )
+        self._housekeeper = asyncio.create_task(self._keep_house(), name="baton-leases")
+        self._address = WorkerAddress(
+            self._config.worker_id,
+            self._config.role,
+            f"{self._config.host}:{self._server.port}",
+            self._incarnation,
+        )
+        return self._address
+
+    def assert_pulse(self) -> None:
+        """Raise EngineFailure if the engine thread is dead or stuck."""
+        self._host.engine.assert_pulse()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Admit nothing more; return when nothing runs and no transfer is open, or after a time."""
+        self._draining = True
+        deadline = time.monotonic() + timeout_s
+
+        def open_work() -> bool:
+            return bool(self._requests or len(self._exports))
+
+        while open_work() and time.monotonic() < deadline:  # noqa: ASYNC110 - bounded, rare
+            await asyncio.sleep(0.02)
+
+    async def close(self) -> None:
+        """End everything. Idempotent; accepts a worker that never started."""
+        self._draining = True
+        if self._housekeeper is not None:
+            self._housekeeper.cancel()
+            await asyncio.gather(self._housekeeper, return_exceptions=True)
+            self._housekeeper = None
+        if self._server is not None:
+            await self._server.stop(0.5)
+            self._server = None
+        await asyncio.to_thread(self._host.stop)
+        if self._transfers is not None:
+            await self._transfers.close()
+            self._transfers = None
+
+    # -- WorkerService ----------------------------------------------------------------------
+
+    @property
+    def info(self) -> WorkerInfo:
+        """The Hello to routers."""
+        return self._info
+
+    def load(self) -> WorkerLoad:
+        """What rides on every frame."""
+        load = self._host.engine.load
+        return WorkerLoad(
+            step=load.step,
+            waiting=load.waiting,
+            running=load.running,
+            waiting_tokens=load.waiting_tokens,
+            free_blocks=load.free_blocks,
+            total_blocks=load.total_blocks,
+            draining=self._draining,
+        )
+
+    def submit(self, request: GenerationRequest, handoff: bool, sink: SessionSink) -> None:
+        """Queue a prompt. With `handoff` its KV is exported when it is scheduled."""
+        if self._draining:
+            raise Unavailable("this prefill worker is draining")
+        key = (request.request_id, request.attempt)
+        if key in self._requests:
+            raise InvalidRequest(f"request {request.request_id} is here already")
+        self._host.parts.scheduler.check_fits(request)
+        self._requests[key] = _Prefill(request, handoff, sink)
+        loop = asyncio.get_running_loop()
+        added = self._host.call(lambda scheduler: scheduler.add(request, export=handoff))
+        added.add_done_callback(
+            lambda done: loop.call_soon_threadsafe(self._added, key, done.exception())
+        )
+
+    def adopt(self, request: GenerationRequest, kv_transfer_params: str, sink: SessionSink) -> None:
+        """Refused: a prefill worker does not decode for others."""
+        raise InvalidRequest("a prefill worker does not adopt")
+
+    def abort(self, request_id: RequestId, attempt: int) -> None:
+        """Drop a request and whatever it holds here. Idempotent."""
+        self._drop((request_id, attempt), "aborted")
+
+    def session_lost(self, sink: SessionSink) -> None:
+        """As an abort for each of its requests, but a claimed and complete transfer runs on."""
+        for key, prefill in list(self._requests.items()):
+            if prefill.sink is not sink:
+                continue
+            export = self._exports.get(prefill.transfer_id) if prefill.transfer_id else None
+            if export is None or not export.claimed or export.ready_tokens < export.num_tokens:
+                self._drop(key, "aborted")
+
+    def status(self) -> dict[str, object]:
+        """For people and tests."""
+        return self._host.status() | {
+            "role": str(self._config.role),
+            "worker_id": self._config.worker_id,
+            "requests": len(self._requests),
+            "transfers": len(self._exports),
+            "ended_transfers": dict(self.ended_transfers),
+        }
+
+    # -- PeerService ------------------------------------------------------------------------
+
+    @property
+    def hello(self) -> PeerHello:
+        """What a D needs to read here; only ever sent over the authenticated link (C4)."""
+        return PeerHello(
+            incarnation=self._incarnation,
+            protocol_version=PROTOCOL_VERSION,
+            semantic_hash=self._semantic_hash,
+            layout=self._layout.encode(),
+            agent_metadata=self._metadata,
+        )
+
+    def peer_opened(self, remote: PeerHello, link: PeerSink) -> None:
+        """Refuse a D that computes something else or keeps it otherwise."""
+        if remote.semantic_hash != self._semantic_hash:
+            raise ClaimRefused(
+                f"semantic hash: P {self._semantic_hash[:12]}, D {remote.semantic_hash[:12]}"
+            )
+        compatible(self._layout, KvLayout.decode(remote.layout))
+
+    def claim(self, claim: Claim, link: PeerSink) -> ClaimGranted:
+        """Grant what D may read, once (C1, C2)."""
+        words = self._host.parts.words
+        return self._exports.claim(
+            claim.transfer_id,
+            claim.nonce,
+            claim.prompt_digest,
+            cast(Hashable, link),
+            lambda blocks: words.read(tuple(blocks)),
+        )
+
+    def release(self, transfer_id: TransferId, link: PeerSink) -> None:
+        """D is done with the blocks. Idempotent; rpc acknowledges."""
+        self._finish_transfer(self._exports.release(transfer_id))
+
+    def beat(self, link: PeerSink) -> None:
+        """Renew all claims of the link (L2)."""
+        self._exports.renew(cast(Hashable, link))
+
+    def peer_lost(self, link: PeerSink) -> None:
+        """Renewal stops, nothing else (L3)."""
+        self._exports.lost_claimer(cast(Hashable, link))
+
+    # -- inside -----------------------------------------------------------------------------
+
+    def _added(self, key: Key, error: BaseException | None) -> None:
+        if error is None:
+            return
+        prefill = self._requests.pop(key, None)
+        if prefill is not None:
+            kind = type(error).__name__ if isinstance(error, ServingError) else "EngineFailure"
+            prefill.sink.send([RequestFailed(key[0], key[1], kind, str(error))])
+
+    def _on_engine_events(self, events: list[EngineEvent]) -> None:
+        for event in events:
+            key = (event.request_id, event.attempt)
+            prefill = self._requests.get(key)
+            if isinstance(event, Started):
+                self._started(key, prefill, event)
+            elif prefill is None:
+                continue
+            elif isinstance(event, Progress):
+                self._progress(prefill, event)
+            else:
+                self._tokens(key, prefill, event)
+
+    def _started(self, key: Key, prefill: _Prefill | None, event: Started) -> None:
+        if prefill is None:  # aborted between its planning and now
+            if event.export:
+                self._host.call(lambda scheduler: scheduler.pool.unlease(event.block_ids))
+            return
+        params = ""
+        if event.export:
+            params = self._export(key, prefill, event)
+        prefill.sink.send(
+            [PrefillStarted(event.request_id, event.attempt, params, event.cached_tokens)]
+        )
+
+    def _export(self, key: Key, prefill: _Prefill, event: Started) -> str:
+        request = prefill.request
+        transfer_id = new_transfer_id()
+        prefill.transfer_id = transfer_id
+        self._by_transfer[transfer_id] = key
+        digest = prompt_digest(self._semantic_hash, request.cache_salt, request.prompt_ids)
+        block_ids = tuple(BlockId(block) for block in event.block_ids)
+        num_tokens = len(request.prompt_ids)
+        self._exports.create(transfer_id, block_ids, num_tokens, digest)
+        assert self._server is not None
+        params = KvTransferParams(
+            transfer_id=transfer_id,
+            incarnation=encode_incarnation(self._incarnation),
+            prompt_digest=digest,
+            semantic_hash=self._semantic_hash,
+            remote_engine_id=self._config.worker_id,
+            remote_host=self._config.host,
+            remote_port=self._server.port,
+            remote_request_id=request.request_id,
+            remote_num_tokens=num_tokens,
+            lease_ms=self._config.lease_ms,
+            remote_block_ids=block_ids,
+        )
+        return sign(params, self._config.cluster_key, HANDOFF_SCOPE).encode()
+
+    def _progress(self, prefill: _Prefill, event: Progress) -> None:
+        transfer_id = prefill.transfer_id
+        if transfer_id is None:
+            return
+        # A running sequence offers full blocks only; the last one when it has ended (F3).
+        size, total = self._config.block_size, len(prefill.request.prompt_ids)
+        computed = event.computed_tokens
+        ready = total if computed >= total else computed // size * size
+        link = self._exports.ready(transfer_id, ready)
+        _send(link, ChunkReady(transfer_id, ready))
+
+    def _tokens(self, key: Key, prefill: _Prefill, event: TokensOut) -> None:
+        prefill.sink.send([event])
+        prefill.num_finished += event.finish is not None
+        params = prefill.request.params
+        if not prefill.handoff:
+            if prefill.num_finished == params.n - len(prefill.request.finished):
+                del self._requests[key]
+            return
+        prefill.first_tokens.append(event)
+        transfer_id = prefill.transfer_id
+        if len(prefill.first_tokens) < params.n or transfer_id is None:
+            return
+        if prefill.num_finished == params.n:
+            self._finish_transfer(self._exports.revoke(transfer_id, "ended"))
+            return
+        link = self._exports.complete(transfer_id, prefill.first_tokens)
+        _send(link, FirstTokens(transfer_id, tuple(prefill.first_tokens)))
+
+    def _drop(self, key: Key, reason: str) -> None:
+        prefill = self._requests.pop(key, None)
+        if prefill is None:
+            return
+        self._host.call(lambda scheduler: scheduler.abort(*key))
+        if prefill.transfer_id is not None:
+            self._finish_transfer(self._exports.revoke(prefill.transfer_id, reason))
+
+    def _finish_transfer(self, ended: Ended | None) -> None:
+        """Free an ended transfer's blocks at once, and tell D unless D itself ended it."""
+        if ended is None:
+            return
+        self.ended_transfers[ended.reason] = self.ended_transfers.get(ended.reason, 0) + 1
+        key = self._by_transfer.pop(ended.transfer_id)
+        prefill = self._requests.pop(key, None)
+        if ended.in_prefill and prefill is not None and ended.reason != "ended":
+            self._host.call(lambda scheduler: scheduler.abort(*key))
+            if ended.reason == "released":  # D wants none of it: the router hears of it from D
+                log.info("request %s: released by D before its prefill ended", key[0])
+        blocks = ended.block_ids
+        self._host.call(lambda scheduler: scheduler.pool.unlease(blocks))
+        if ended.reason != "released":
+            _send(ended.claimer, Revoked(ended.transfer_id, ended.reason))
+
+    async def _keep_house(self) -> None:
+        while True:
+            await asyncio.sleep(_HOUSEKEEPING_S)
+            for ended in self._exports.expired():
+                log.warning("transfer %s: the lease is over", ended.transfer_id)
+                self._finish_transfer(ended)
+            self._relieve(time.monotonic())
+
+    def _relieve(self, now: float) -> None:
+        """Take the oldest finished, unclaimed transfer back when a prefill lacks memory (L6)."""
+        if not self._host.parts.scheduler.blocked:
+            self._blocked_since = None
+            return
+        if self._blocked_since is None:
+            self._blocked_since = now
+        if now - self._blocked_since < _REVOKE_AFTER_S:
+            return
+        for export in self._exports:
+            if not export.claimed and export.ready_tokens == export.num_tokens:
+                self._finish_transfer(self._exports.revoke(export.transfer_id, "pressure"))
+                self._blocked_since = now
+                return
+
+
+def _send(link: object, message: FromPrefill) -> None:
+    """Tell a claimer, if there is one; claimers are the links themselves."""
+    if link is not None:
+        link.send(message)  # type: ignore[attr-defined]

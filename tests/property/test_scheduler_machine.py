@@ -1,0 +1,223 @@
+"""Random requests, aborts, handoffs and tight memory: every token right, every block accounted."""
+
+from dataclasses import dataclass, field
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from contracts.errors import OutOfBlocks
+from contracts.events import TokensOut
+from contracts.ids import RequestId
+from contracts.request import GenerationRequest
+from contracts.sampling import SamplingParams
+from engine.block_pool import BlockPool
+from engine.generations import GenerationWords
+from engine.scheduler import Scheduler, SchedulerConfig
+from engine.sequence import Reservation, Started
+from tests.support.paged_oracle import PagedOracle, continuation, next_token
+
+BLOCK = 4
+BLOCKS = 24
+
+
+@dataclass
+class Expected:
+    request: GenerationRequest
+    export: bool
+    outputs: dict[int, list[int]] = field(default_factory=dict)
+    finished: set[int] = field(default_factory=set)
+    leased: tuple[int, ...] = ()
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    @initialize(budget=st.integers(3, 40), running=st.integers(1, 8), caching=st.booleans())
+    def start(self, budget: int, running: int, caching: bool) -> None:
+        self.words = GenerationWords(BLOCKS, incarnation=7)
+        self.pool = BlockPool(BLOCKS, self.words)
+        config = SchedulerConfig(
+            block_size=BLOCK,
+            max_model_len=40,
+            max_step_tokens=budget,
+            max_running=running,
+            prefill_tokens_beside_decodes=max(1, budget // 2),
+            prefix_caching=caching,
+        )
+        self.scheduler = Scheduler(config, self.pool)
+        self.oracle = PagedOracle(BLOCKS, BLOCK)
+        self.requests: dict[RequestId, Expected] = {}
+        self.reservations: list[Reservation] = []
+        self.quarantined: list[list[int]] = []
+        self.count = 0
+
+    def _request(self, prompt: list[int], new: int, n: int) -> GenerationRequest:
+        self.count += 1
+        params = SamplingParams(max_tokens=new, n=n)
+        return GenerationRequest(RequestId(f"r{self.count}"), tuple(prompt), params)
+
+    # Few distinct tokens and lengths around block borders, so that prefixes repeat.
+    prompts = st.lists(st.integers(0, 1), min_size=1, max_size=18)
+
+    @rule(prompt=prompts, new=st.integers(1, 9), n=st.integers(1, 3), export=st.booleans())
+    def add(self, prompt: list[int], new: int, n: int, export: bool) -> None:
+        request = self._request(prompt, new, n)
+        self.scheduler.add(request, export=export)
+        self.requests[request.request_id] = Expected(request, export)
+
+    @rule(prompt=prompts, new=st.integers(2, 9), n=st.integers(1, 3), done=st.integers(0, 4))
+    def replay(self, prompt: list[int], new: int, n: int, done: int) -> None:
+        request = self._request(prompt, new, n)
+        done = min(done, new - 1)
+        outputs = tuple(tuple(continuation(prompt, done, choice)) for choice in range(n))
+        request = GenerationRequest(
+            request.request_id, request.prompt_ids, request.params, output_ids=outputs
+        )
+        self.scheduler.add(request, export=False)
+        expected = Expected(request, False)
+        expected.outputs = {choice: list(outputs[choice]) for choice in range(n)}
+        self.requests[request.request_id] = expected
+
+    @rule(prompt=prompts, new=st.integers(2, 9), n=st.integers(1, 3))
+    def reserve(self, prompt: list[int], new: int, n: int) -> None:
+        request = self._request(prompt, new, n)
+        before = self.pool.ledger()
+        try:
+            reservation = self.scheduler.reserve(request)
+        except OutOfBlocks:
+            assert self.pool.ledger() == before
+            return
+        assert len(set(reservation.blocks + reservation.spare)) == len(
+            reservation.blocks + reservation.spare
+        )
+        self.reservations.append(reservation)
+
+    @precondition(lambda self: bool(self.reservations))
+    @rule(data=st.data())
+    def adopt(self, data: st.DataObject) -> None:
+        index = data.draw(st.integers(0, len(self.reservations) - 1))
+        reservation = self.reservations.pop(index)
+        request = reservation.request
+        prompt = request.prompt_ids
+        for block in range(reservation.num_hits, len(reservation.blocks)):
+            for offset in range(BLOCK):
+                position = block * BLOCK + offset
+                if position < len(prompt):
+                    slot = self.oracle.slots[reservation.blocks[block]]
+                    slot[offset] = (position, prompt[position])
+        first = []
+        expected = Expected(request, False)
+        for choice in range(request.params.n):
+            token = next_token(prompt, choice)
+            first.append(TokensOut(request.request_id, 0, choice, 0, (token,)))
+            expected.outputs[choice] = [token]
+        self.requests[request.request_id] = expected
+        self.scheduler.adopt(reservation, first)
+
+    @precondition(lambda self: bool(self.reservations))
+    @rule(posted=st.integers(0, 3))
+    def give_up_reservation(self, posted: int) -> None:
+        reservation = self.reservations.pop()
+        in_flight = reservation.blocks[reservation.num_hits :][:posted]
+        self.scheduler.unreserve(reservation, in_flight)
+        self.quarantined.append(in_flight)
+
+    @precondition(lambda self: bool(self.quarantined))
+    @rule()
+    def transfer_ends(self) -> None:
+        blocks = self.quarantined.pop()
+        for block in blocks:  # late bytes land: nobody may care
+            self.oracle.slots[block] = [(-1, -1)] * BLOCK
+        self.pool.unquarantine(blocks)
+
+    @precondition(lambda self: bool(self.requests))
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        request_id = data.draw(st.sampled_from(sorted(self.requests)))
+        expected = self.requests[request_id]
+        self.scheduler.abort(request_id, 0)
+        self._collect()
+        self._unlease(expected)
+        del self.requests[request_id]
+
+    @precondition(lambda self: any(e.leased for e in self.requests.values()))
+    @rule(data=st.data())
+    def release_lease(self, data: st.DataObject) -> None:
+        held = sorted(r for r, e in self.requests.items() if e.leased and len(e.outputs))
+        if held:
+            self._unlease(self.requests[data.draw(st.sampled_from(held))])
+
+    def _unlease(self, expected: Expected) -> None:
+        if expected.leased:
+            self.pool.unlease(expected.leased)
+            expected.leased = ()
+
+    @rule(steps=st.integers(1, 4))
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            frozen = {
+                block: list(self.oracle.slots[block])
+                for e in self.requests.values()
+                if e.leased and e.outputs
+                for block in e.leased
+            }
+            plan = self.scheduler.schedule()
+            assert plan.num_tokens <= self.scheduler.config.max_step_tokens
+            self.scheduler.commit(plan, self.oracle.compute(plan))
+            self._collect()
+            for block, content in frozen.items():  # F3: an exported block is written by nobody
+                assert self.oracle.slots[block] == content
+
+    def _collect(self) -> None:
+        for event in self.scheduler.take_events():
+            expected = self.requests.get(event.request_id)
+            assert expected is not None
+            if isinstance(event, Started):
+                assert event.cached_tokens < len(expected.request.prompt_ids) + 9
+                if event.export:
+                    expected.leased = event.block_ids
+            elif isinstance(event, TokensOut):
+                outputs = expected.outputs.setdefault(event.choice, [])
+                assert event.position == len(outputs)
+                outputs += event.token_ids
+                prompt = expected.request.prompt_ids
+                assert outputs == continuation(prompt, len(outputs), event.choice)
+                limit = 1 if expected.export else expected.request.params.max_tokens
+                assert (event.finish is not None) == (
+                    len(outputs) == expected.request.params.max_tokens
+                    or len(prompt) + len(outputs) >= 40
+                )
+                assert len(outputs) <= limit
+                if event.finish is not None:
+                    expected.finished.add(event.choice)
+
+    @invariant()
+    def ledger_holds(self) -> None:
+        if hasattr(self, "pool"):
+            self.pool.check()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "pool"):
+            return
+        for reservation in self.reservations:
+            self.scheduler.unreserve(reservation)
+        for blocks in self.quarantined:
+            self.pool.unquarantine(blocks)
+        for _ in range(2000):
+            for expected in self.requests.values():
+                if expected.outputs:
+                    self._unlease(expected)
+            if not self.scheduler.has_work:
+                break
+            plan = self.scheduler.schedule()
+            self.scheduler.commit(plan, self.oracle.compute(plan))
+            self._collect()
+        assert not self.scheduler.has_work, "the scheduler is stuck"
+        for expected in self.requests.values():
+            self._unlease(expected)
+            if not expected.export:
+                assert expected.finished == set(range(expected.request.params.n))
+        assert self.pool.ledger().idle, self.pool.ledger()
+
+
+TestScheduler = SchedulerMachine.TestCase
+TestScheduler.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)

@@ -1,0 +1,203 @@
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from contracts.events import Adopted, WorkerEvent, WorkerLoad
+from contracts.ids import Incarnation, RequestId, WorkerId
+from contracts.request import GenerationRequest
+from contracts.sampling import SamplingParams
+from contracts.worker import Role, WorkerAddress
+from router.directory import StaticDirectory
+from router.workers import WorkerPool
+from tests.support.fake_worker import FakeCluster, FakeWorker, until
+
+REQUEST = GenerationRequest(RequestId("r"), (1, 2, 3), SamplingParams(max_tokens=2))
+
+
+def fake(name: str) -> FakeWorker:
+    role = Role.PREFILL if name[0] == "p" else Role.DECODE
+    return FakeWorker(WorkerId(name), role, lambda request, choice: [5])
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@asynccontextmanager
+async def pool_of(cluster: FakeCluster, clock: Clock | None = None) -> AsyncIterator[WorkerPool]:
+    pool = WorkerPool(
+        cluster, cluster.open_session, router_id="r", cluster_key="k", clock=clock or Clock()
+    )
+    pool.start()
+    try:
+        yield pool
+    finally:
+        await pool.close()
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.events: list[WorkerEvent] = []
+        self.lost: list[str] = []
+
+    def on_event(self, worker_id: WorkerId, event: WorkerEvent) -> None:
+        self.events.append(event)
+
+    def on_worker_lost(self, worker_id: WorkerId, reason: str) -> None:
+        self.lost.append(worker_id)
+
+
+async def test_connects_to_all_and_says_who_is_able() -> None:
+    p, d = fake("p"), fake("d")
+    d.max_model_len = 77
+    async with pool_of(FakeCluster(p, d)) as pool:
+        await until(lambda: len(pool.snapshot()) == 2)
+        assert pool.able(Role.PREFILL)
+        assert pool.able(Role.DECODE)
+        assert pool.max_model_len == 77
+        d.session.report(WorkerLoad(running=3, draining=True))
+        assert not pool.able(Role.DECODE)
+        assert {w.worker_id: w.load.running for w in pool.snapshot()} == {"p": 0, "d": 3}
+    assert p.session.lost
+    assert d.session.lost
+    assert pool.snapshot() == ()
+
+
+async def test_a_static_directory_is_enough() -> None:
+    d = fake("d")
+    cluster = FakeCluster(d)
+    pool = WorkerPool(
+        StaticDirectory([d.address]), cluster.open_session, router_id="r", cluster_key="k"
+    )
+    pool.start()
+    await until(lambda: pool.able(Role.DECODE))
+    d.session.lose()
+    await until(lambda: len(d.sessions) == 2)
+    await pool.close()
+
+
+async def test_a_lost_session_is_told_once_and_opened_again_under_a_new_epoch() -> None:
+    d = fake("d")
+    cluster = FakeCluster(d)
+    async with pool_of(cluster) as pool:
+        await until(pool.snapshot)
+        recorder = Recorder()
+        pool.register(RequestId("r"), recorder)
+        d.session.lose("broken")
+        assert recorder.lost == ["d"]
+        assert pool.snapshot() == ()
+        await until(pool.snapshot)
+        assert recorder.lost == ["d"]
+        assert cluster.epochs == [1, 2]
+
+
+async def test_tries_again_while_a_worker_is_down() -> None:
+    d = fake("d")
+    d.down = True
+    async with pool_of(FakeCluster(d)) as pool:
+        await pool.changed(0.01)
+        assert pool.snapshot() == ()
+        d.down = False
+        await until(pool.snapshot)
+
+
+async def test_a_new_incarnation_replaces_the_old() -> None:
+    d = fake("d")
+    cluster = FakeCluster(d)
+    async with pool_of(cluster) as pool:
+        await until(pool.snapshot)
+        old = d.session
+        cluster.list(WorkerAddress(d.worker_id, d.role, "elsewhere", Incarnation(2)))
+        await until(lambda: len(d.sessions) == 2 and pool.snapshot())
+        assert old.lost
+        assert not d.session.lost
+
+
+async def test_a_worker_that_leaves_the_list_keeps_its_session_while_that_lives() -> None:
+    d = fake("d")
+    cluster = FakeCluster(d)
+    async with pool_of(cluster) as pool:
+        await until(pool.snapshot)
+        cluster.list()
+        await pool.changed(0.02)
+        assert pool.able(Role.DECODE)
+        cluster.list(d.address)  # a registry that had restarted empty
+        await pool.changed(0.02)
+        assert len(d.sessions) == 1
+        cluster.list()
+        await pool.changed(0.02)
+        d.session.lose()
+        await pool.changed(0.2)
+        assert len(d.sessions) == 1
+
+
+async def test_a_failing_directory_leaves_the_last_list_in_force() -> None:
+    d = fake("d")
+
+    class Failing:
+        def __init__(self) -> None:
+            self.asked = 0
+
+        async def watch(self) -> AsyncIterator[tuple[WorkerAddress, ...]]:
+            self.asked += 1
+            yield (d.address,)
+            raise OSError("registry gone")
+
+    directory = Failing()
+    pool = WorkerPool(directory, FakeCluster(d).open_session, router_id="r", cluster_key="k")
+    pool.start()
+    await until(lambda: directory.asked == 2)
+    assert len(d.sessions) == 1
+    assert pool.able(Role.DECODE)
+    await pool.close()
+
+
+async def test_events_go_to_their_request_and_late_ones_nowhere() -> None:
+    d = fake("d")
+    async with pool_of(FakeCluster(d)) as pool:
+        await until(pool.snapshot)
+        recorder = Recorder()
+        pool.register(RequestId("r"), recorder)
+        event = Adopted(RequestId("r"), 0, True)
+        d.session.send(event, Adopted(RequestId("other"), 0, True))
+        assert recorder.events == [event]
+        pool.unregister(RequestId("r"))
+        d.session.send(event)
+        assert recorder.events == [event]
+
+
+async def test_counts_what_it_sent_until_the_worker_can_have_reported_it() -> None:
+    d = fake("d")
+    d.pause_at = 0
+    clock = Clock()
+    async with pool_of(FakeCluster(d), clock) as pool:
+
+        def unreported() -> tuple[int, int]:
+            (worker,) = pool.snapshot()
+            return worker.unreported, worker.unreported_tokens
+
+        await until(pool.snapshot)
+        pool.expect(d.worker_id, RequestId("e"))
+        assert unreported() == (1, 0)
+        clock.now += 1000
+        d.session.report(WorkerLoad())  # the handoff was not offered yet, whatever the time
+        assert unreported() == (1, 0)
+        pool.unregister(RequestId("e"))
+        assert unreported() == (0, 0)
+
+        pool.submit(d.worker_id, REQUEST, handoff=False)
+        assert unreported() == (1, 3)
+        clock.now += 0.01
+        d.session.report(WorkerLoad())  # may have crossed the request on its way
+        assert unreported() == (1, 3)
+        clock.now += 1
+        d.session.report(WorkerLoad(waiting=1))
+        assert unreported() == (0, 0)
+
+        pool.submit(d.worker_id, REQUEST, handoff=False)
+        d.session.send(Adopted(REQUEST.request_id, 0, True))  # it speaks, so it knows
+        assert unreported() == (0, 0)
+        pool.abort(d.worker_id, REQUEST.request_id, 0)
