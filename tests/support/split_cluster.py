@@ -129,9 +129,7 @@ class SplitCluster:
         salt: str = "",
     ) -> Answer:
         """Send one request down the remote (or local) path and wait for its end."""
-        request = GenerationRequest(
-            new_request_id(), tuple(prompt_ids), params, cache_salt=salt
-        )
+        request = GenerationRequest(new_request_id(), tuple(prompt_ids), params, cache_salt=salt)
         return await self.send(request, split=split, timeout_s=timeout_s)
 
     async def send(

@@ -1,0 +1,238 @@
+"""A handoff that goes wrong at every stage: the answer stays right, both ledgers go back to idle."""
+
+import asyncio
+import json
+import random
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from contracts.errors import Unavailable
+from contracts.events import WorkerEvent
+from contracts.ids import RequestId, WorkerId, new_request_id
+from contracts.request import GenerationRequest
+from contracts.sampling import SamplingParams
+from contracts.worker import Role
+from engine.scheduler import Scheduler
+from kv_transfer.transfer_thread import TransferThread
+from tests.support.reference import greedy
+from tests.support.split_cluster import SplitCluster, split_cluster
+from tests.support.tiny_models import VOCAB, build_tiny
+
+NEW = 10
+PARAMS = SamplingParams(max_tokens=NEW, temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny("llama", tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture
+async def cluster(llama: Path) -> AsyncIterator[SplitCluster]:
+    async with split_cluster(llama) as running:
+        yield running
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    draw = random.Random(seed)
+    return [draw.randrange(2, VOCAB) for _ in range(length)]
+
+
+def request_for(prompt: list[int], **changes: object) -> GenerationRequest:
+    request = GenerationRequest(new_request_id(), tuple(prompt), PARAMS)
+    return replace(request, **changes)  # type: ignore[arg-type]
+
+
+async def started(cluster: SplitCluster, request: GenerationRequest) -> str:
+    """Submit to P and give back its params once it has answered."""
+    answer = cluster.expect(request)
+    cluster.sessions[Role.PREFILL].submit(request, handoff=True)
+    await cluster.until(answer, lambda: bool(answer.kv_transfer_params))
+    return answer.kv_transfer_params
+
+
+async def test_reused_blocks_are_detected(
+    cluster: SplitCluster, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P frees and reuses exported blocks between D's data reads and its check of the words."""
+    original = TransferThread.read
+
+    async def read(self: TransferThread, peer, kind, slices, remote, **options):  # type: ignore
+        if kind == "words":
+
+            def reuse(scheduler: Scheduler) -> None:
+                for block, held in enumerate(scheduler.pool._leased):
+                    if held:
+                        scheduler.pool.generations.bump(block)
+
+            await asyncio.wrap_future(cluster.prefill._host.call(reuse))
+        return await original(self, peer, kind, slices, remote, **options)
+
+    monkeypatch.setattr(TransferThread, "read", read)
+    prompt = prompt_of(70)
+    answer = await cluster.generate(prompt, PARAMS)
+    assert answer.tokens[0] == greedy(llama, "llama", prompt, NEW)
+    assert (answer.path, answer.cause) == ("recomputed", "FenceBroken")
+    await cluster.idle()
+
+
+async def test_a_revoked_transfer_is_recomputed(cluster: SplitCluster, llama: Path) -> None:
+    prompt = prompt_of(90, 1)
+    request = request_for(prompt)
+    params = await started(cluster, request)
+    answer = cluster.answers[request.request_id]
+    await cluster.until(answer, lambda: bool(answer.tokens[0]))
+    cluster.sessions[Role.PREFILL].abort(request.request_id, 0)
+    await until(lambda: cluster.prefill.status()["transfers"] == 0)
+    cluster.sessions[Role.DECODE].adopt(request, params)
+    await cluster.until(answer, lambda: answer.over)
+    assert answer.tokens[0] == greedy(llama, "llama", prompt, NEW)
+    assert (answer.path, answer.cause) == ("recomputed", "TransferGone")
+    await cluster.idle()
+
+
+async def until(condition, timeout_s: float = 10.0) -> None:  # type: ignore[no-untyped-def]
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def test_an_unclaimed_transfer_expires(llama: Path) -> None:
+    async with split_cluster(llama, prefill={"lease_ms": 200}) as cluster:
+        await started(cluster, request_for(prompt_of(40)))
+        await until(lambda: cluster.prefill.status()["ended_transfers"] == {"expired": 1})
+        await cluster.idle()
+
+
+async def test_a_held_read_is_quarantined_until_it_lands(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read that outlives its deadline: recomputed elsewhere, its blocks nobody's until it ends."""
+    held = asyncio.Event()
+    original = TransferThread._poll
+
+    def poll(self: TransferThread, connector: object) -> bool:
+        return False if not held.is_set() else original(self, connector)  # type: ignore[arg-type]
+
+    async with split_cluster(llama, decode={"read_timeout_ms": 300}) as cluster:
+        monkeypatch.setattr(TransferThread, "_poll", poll)
+        prompt = prompt_of(100, 2)
+        answer = await cluster.generate(prompt, PARAMS)
+        assert answer.tokens[0] == greedy(llama, "llama", prompt, NEW)
+        assert (answer.path, answer.cause) == ("recomputed", "TransferFailed")
+        ledger = cluster.decode.status()["ledger"]
+        assert isinstance(ledger, dict)
+        assert ledger["quarantined"] == 7
+        held.set()
+        await cluster.idle()
+
+
+@pytest.mark.parametrize("when", ["queued", "started", "adopted", "streaming"])
+async def test_an_abort_in_any_window_releases_both_sides(cluster: SplitCluster, when: str) -> None:
+    params = SamplingParams(max_tokens=800, temperature=0.0)
+    request = replace(request_for(prompt_of(150, 3)), params=params)
+    answer = cluster.expect(request)
+    cluster.sessions[Role.PREFILL].submit(request, handoff=True)
+    if when != "queued":
+        await cluster.until(answer, lambda: bool(answer.kv_transfer_params))
+    if when in ("adopted", "streaming"):
+        cluster.sessions[Role.DECODE].adopt(request, answer.kv_transfer_params)
+        await cluster.until(answer, lambda: answer.adopted is not None)
+    if when == "streaming":
+        await cluster.until(answer, lambda: len(answer.tokens[0]) > 5)
+    cluster.sessions[Role.PREFILL].abort(request.request_id, 0)
+    cluster.sessions[Role.DECODE].abort(request.request_id, 0)
+    await cluster.idle(timeout_s=2.0)
+
+
+async def test_lost_sessions_release_everything(cluster: SplitCluster) -> None:
+    params = SamplingParams(max_tokens=800, temperature=0.0)
+    for seed in range(4):
+        request = replace(request_for(prompt_of(60, seed)), params=params)
+        kv_transfer_params = await started(cluster, request)
+        if seed % 2:
+            cluster.sessions[Role.DECODE].adopt(request, kv_transfer_params)
+    await until(lambda: cluster.decode.status()["requests"] == 2)
+    for session in cluster.sessions.values():
+        await session.close()
+    await cluster.idle(timeout_s=5.0)
+    with pytest.raises(Unavailable):
+        cluster.sessions[Role.DECODE].submit(request, handoff=False)
+
+
+@pytest.mark.parametrize("field", ["transfer_id", "remote_num_tokens", "prompt_digest", "mac"])
+async def test_edited_params_are_refused_and_nothing_is_read(
+    cluster: SplitCluster, field: str
+) -> None:
+    request = request_for(prompt_of(50, 4))
+    params = json.loads(await started(cluster, request))
+    value = params[field]
+    params[field] = value + 1 if isinstance(value, int) else value[:-2] + "00"
+    answer = cluster.answers[request.request_id]
+    cluster.sessions[Role.DECODE].adopt(request, json.dumps(params))
+    await cluster.until(answer, lambda: bool(answer.failure))
+    assert answer.failure.startswith("InvalidRequest")
+    handoffs = cluster.decode.status()["handoffs"]
+    assert isinstance(handoffs, dict)
+    assert handoffs["num_bytes"] == 0
+    cluster.sessions[Role.PREFILL].abort(request.request_id, 0)
+    await cluster.idle()
+
+
+async def test_params_of_another_prompt_are_refused(cluster: SplitCluster) -> None:
+    request = request_for(prompt_of(50, 5))
+    params = await started(cluster, request)
+    other = replace(request, prompt_ids=tuple(prompt_of(50, 6)))
+    answer = cluster.answers[request.request_id]
+    cluster.sessions[Role.DECODE].adopt(other, params)
+    await cluster.until(answer, lambda: bool(answer.failure))
+    assert "another prompt" in answer.failure
+    cluster.sessions[Role.PREFILL].abort(request.request_id, 0)
+    await cluster.idle()
+
+
+async def test_replayed_params_are_refused_by_p(cluster: SplitCluster, llama: Path) -> None:
+    """Params used once: a second adoption finds the transfer gone, and recomputes."""
+    prompt = prompt_of(64, 7)
+    request = request_for(prompt)
+    answer = await cluster.send(request, split=True)
+    again = replace(request, request_id=RequestId("again"))
+    second = cluster.expect(again)
+    cluster.sessions[Role.DECODE].adopt(again, answer.kv_transfer_params)
+    await cluster.until(second, lambda: second.over)
+    assert second.tokens == answer.tokens
+    assert (second.path, second.cause) == ("recomputed", "TransferGone")
+    await cluster.idle()
+
+
+async def test_a_decode_worker_that_is_full_refuses_at_once(llama: Path) -> None:
+    async with split_cluster(llama, decode={"kv_memory_bytes": 8 * 12288}) as cluster:
+        request = request_for(prompt_of(200, 8))
+        params = await started(cluster, request)
+        answer = cluster.answers[request.request_id]
+        cluster.sessions[Role.DECODE].adopt(request, params)
+        await cluster.until(answer, lambda: answer.adopted is not None)
+        assert answer.adopted is not None
+        assert not answer.adopted.accepted
+        assert "context" in answer.adopted.reason
+        cluster.sessions[Role.PREFILL].abort(request.request_id, 0)
+        await cluster.idle()
+
+
+async def test_a_replay_repeats_and_loses_nothing(cluster: SplitCluster, llama: Path) -> None:
+    prompt = prompt_of(45, 9)
+    truth = greedy(llama, "llama", prompt, NEW)
+    seen: list[tuple[WorkerId, WorkerEvent]] = []
+    cluster.on_event = lambda worker, event: seen.append((worker, event))
+    request = request_for(prompt, output_ids=(tuple(truth[:4]),), attempt=1)
+    answer = cluster.expect(request)
+    answer.tokens[0] = list(truth[:4])
+    cluster.sessions[Role.DECODE].submit(request, handoff=False)
+    await cluster.until(answer, lambda: answer.over)
+    assert answer.tokens[0] == truth
+    positions = [event.position for _, event in seen if hasattr(event, "position")]
+    assert positions[0] == 4
+    await cluster.idle()
