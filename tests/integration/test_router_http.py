@@ -95,6 +95,7 @@ async def serve(
     folder = write_model_folder(tmp_path / "model")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     eos = tokenizer.token_to_id("<|im_end|>")
+    assert eos is not None
 
     def script(request: GenerationRequest, choice: int) -> list[int]:
         return [*tokenizer.encode(texts[choice % len(texts)]).ids, eos]

@@ -1,0 +1,181 @@
+"""Choosing a path and a pair: pure functions of a snapshot.
+
+Least loaded wins, ties go to the lower worker id. A worker's load is what it reported plus what
+this router has sent since and the report cannot know of yet.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from contracts.errors import InvalidRequest, Unavailable
+from contracts.events import WorkerLoad
+from contracts.ids import WorkerId
+from contracts.worker import Role
+
+_NO_LOAD = WorkerLoad()
+
+
+class NoCapacity(Unavailable):
+    """No connected worker can take the request now."""
+
+
+class Path(StrEnum):
+    """Where the prompt is computed."""
+
+    REMOTE = "remote"  # on a P, then handed over to a D
+    PREFILL_ONLY = "prefill_only"  # on a P, and one token is the whole answer
+    LOCAL = "local"  # on the D that also decodes
+
+
+class Reason(StrEnum):
+    """Why that path."""
+
+    DISAGGREGATED = "disaggregated"
+    ONE_TOKEN = "one_token"
+    AGGREGATED = "aggregated"
+    NO_PREFILL_WORKER = "no_prefill_worker"
+    PROMPT_EXCEEDS_PREFILL = "prompt_exceeds_prefill"
+    HANDOFF_REFUSED = "handoff_refused"
+    REPLAY = "replay"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSnapshot:
+    """A connected worker as this router sees it. `unreported*` is missing from `load`."""
+
+    worker_id: WorkerId
+    role: Role
+    semantic_hash: str
+    max_prompt_tokens: int
+    load: WorkerLoad = _NO_LOAD
+    unreported: int = 0  # requests
+    unreported_tokens: int = 0  # their prompt tokens
+
+    @property
+    def requests(self) -> int:
+        """Requests on the worker, running or not."""
+        return self.load.running + self.load.waiting + self.unreported
+
+    @property
+    def queued_tokens(self) -> int:
+        """Prompt tokens it has yet to compute."""
+        return self.load.waiting_tokens + self.unreported_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What a request asks of its workers.
+
+    `emitted_tokens` were computed by an earlier attempt (a replay); `semantic_hash` is then that
+    attempt's. `force_local` after no D would take a handoff.
+    """
+
+    prompt_tokens: int
+    max_tokens: int
+    emitted_tokens: int = 0
+    semantic_hash: str | None = None
+    force_local: bool = False
+    exclude: frozenset[WorkerId] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A path, its workers and why. `prefill` or `decode` is None where the path has none."""
+
+    path: Path
+    reason: Reason
+    prefill: WorkerId | None
+    decode: WorkerId | None
+    semantic_hash: str
+
+
+def choose(workers: Iterable[WorkerSnapshot], need: Need, *, aggregated: bool = False) -> Decision:
+    """Choose path and workers.
+
+    Raises:
+        InvalidRequest: the prompt is longer than any connected worker can hold.
+        NoCapacity: nobody can take it now.
+    """
+    known = [w for w in workers if need.semantic_hash in (None, w.semantic_hash)]
+    able = [w for w in known if not w.load.draining and w.worker_id not in need.exclude]
+    decodes = _fitting(able, Role.DECODE, need)
+    prefills = [] if aggregated or need.emitted_tokens else _fitting(able, Role.PREFILL, need)
+    if need.max_tokens == 1 and prefills and not need.force_local:
+        p = min(prefills, key=_prefill_cost)
+        return Decision(Path.PREFILL_ONLY, Reason.ONE_TOKEN, p.worker_id, None, p.semantic_hash)
+    if not decodes:
+        raise _nobody(known, need, aggregated)
+    hashes = {d.semantic_hash for d in decodes}
+    paired = [p for p in prefills if p.semantic_hash in hashes]
+    if paired and not need.force_local:
+        p = min(paired, key=_prefill_cost)
+        d = min((d for d in decodes if d.semantic_hash == p.semantic_hash), key=_decode_cost)
+        return Decision(
+            Path.REMOTE, Reason.DISAGGREGATED, p.worker_id, d.worker_id, p.semantic_hash
+        )
+    d = min(decodes, key=_decode_cost)
+    reason = _why_local(able, need, aggregated)
+    return Decision(Path.LOCAL, reason, None, d.worker_id, d.semantic_hash)
+
+
+def choose_decode(workers: Iterable[WorkerSnapshot], need: Need) -> WorkerId:
+    """Another D for a handoff that a D refused (`need.exclude`); of the same semantic hash.
+
+    Raises:
+        NoCapacity: there is none.
+    """
+    able = [
+        w
+        for w in workers
+        if w.semantic_hash == need.semantic_hash
+        and not w.load.draining
+        and w.worker_id not in need.exclude
+    ]
+    decodes = _fitting(able, Role.DECODE, need)
+    if not decodes:
+        raise NoCapacity("no other decode worker can take the handoff")
+    return min(decodes, key=_decode_cost).worker_id
+
+
+def _fitting(workers: list[WorkerSnapshot], role: Role, need: Need) -> list[WorkerSnapshot]:
+    return [w for w in workers if w.role is role and _fits(w, need)]
+
+
+def _fits(worker: WorkerSnapshot, need: Need) -> bool:
+    return need.prompt_tokens + need.emitted_tokens <= worker.max_prompt_tokens
+
+
+def _prefill_cost(worker: WorkerSnapshot) -> tuple[int, int, WorkerId]:
+    return worker.queued_tokens, worker.requests, worker.worker_id
+
+
+def _decode_cost(worker: WorkerSnapshot) -> tuple[int, int, int, WorkerId]:
+    return worker.requests, worker.queued_tokens, -worker.load.free_blocks, worker.worker_id
+
+
+def _why_local(able: list[WorkerSnapshot], need: Need, aggregated: bool) -> Reason:
+    if need.emitted_tokens:
+        return Reason.REPLAY
+    if aggregated:
+        return Reason.AGGREGATED
+    if need.force_local:
+        return Reason.HANDOFF_REFUSED
+    if any(w.role is Role.PREFILL and not _fits(w, need) for w in able):
+        return Reason.PROMPT_EXCEEDS_PREFILL
+    return Reason.NO_PREFILL_WORKER
+
+
+def _nobody(known: list[WorkerSnapshot], need: Need, aggregated: bool) -> Exception:
+    """The error when no D is left: never possible, or just not now."""
+    decodes = [w for w in known if w.role is Role.DECODE]
+    if decodes and not any(_fits(d, need) for d in decodes):
+        most = max(d.max_prompt_tokens for d in decodes)
+        return InvalidRequest(
+            f"the prompt has {need.prompt_tokens + need.emitted_tokens} tokens; "
+            f"no worker can hold more than {most}",
+            "input_tokens",
+        )
+    if not decodes:
+        return NoCapacity("no decode worker is connected")
+    return NoCapacity("no decode worker can take the request now")

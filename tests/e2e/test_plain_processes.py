@@ -1,0 +1,147 @@
+"""A cluster without Ray, as the help of `baton worker` shows it: three processes."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.demo_model import ensure_demo_model
+
+TIMEOUT_S = 90.0
+ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("BATON_")} | {
+    "BATON_CLUSTER_KEY": "a key for these three processes",
+    "BATON_LOG_LEVEL": "INFO",
+}
+
+
+def wait_for(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {TIMEOUT_S:.0f} s for {what}"
+        time.sleep(0.02)
+
+
+class Command:
+    """One `baton ...` process."""
+
+    def __init__(self, output: Path, *arguments: str) -> None:
+        self._output = output
+        with output.open("wb") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "cluster.cli", *arguments],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=ENVIRONMENT,
+            )
+
+    @property
+    def output(self) -> str:
+        return self._output.read_text(encoding="utf-8")
+
+    def ready(self, pattern: str) -> str:
+        """What the ready line says, once it is there."""
+
+        def told() -> object:
+            return re.search("^baton .*ready", self.output, re.M) or self.process.poll() is not None
+
+        wait_for(told, "the ready line")
+        found = re.search(pattern, self.output, re.MULTILINE)
+        assert found is not None, self.output
+        return found[1]
+
+    def end(self, number: signal.Signals) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(TIMEOUT_S)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(ensure_demo_model(tmp_path_factory.mktemp("models") / "demo"))
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Command]]:
+    commands: list[Command] = []
+
+    def run(*arguments: str) -> Command:
+        commands.append(Command(tmp_path / str(len(commands)), *arguments))
+        return commands[-1]
+
+    yield run
+    for command in commands:
+        command.close()
+
+
+def healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+def complete(url: str) -> int:
+    """Tokens of a completion."""
+    body = {"model": "demo", "max_tokens": 8, "messages": [{"role": "user", "content": "Hello!"}]}
+    request = urllib.request.Request(
+        f"{url}/v1/chat/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return int(json.loads(answer.read())["usage"]["completion_tokens"])
+
+
+def test_three_processes_serve_and_end_well(start: Callable[..., Command], model: str) -> None:
+    flags = ("--num-threads", "1", "--kv-memory", "16MiB")
+    workers = [start("worker", role, model, *flags) for role in ("prefill", "decode")]
+    prefill, decode = (
+        worker.ready(rf"^baton worker ready role={role} address=(127\.0\.0\.1:\d+) id=\S+$")
+        for worker, role in zip(workers, ("prefill", "decode"), strict=True)
+    )
+    addresses = ("--prefill", prefill, "--decode", decode)
+    router = start("router", model, *addresses, "--port", "0")
+    url = router.ready(r"^baton router ready url=(http://127\.0\.0\.1:\d+)$")
+    wait_for(lambda: healthy(url), "a healthy router")
+    assert complete(url) == 8
+
+    status = [sys.executable, "-m", "cluster.cli", "status", "--check", "--json", prefill, decode]
+    shown = subprocess.run(status, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    first, second = (json.loads(line) for line in shown.stdout.splitlines())
+    assert (first["role"], second["role"]) == ("prefill", "decode")
+    assert first["ended_transfers"] == {"released": 1}  # so the handoff was used
+
+    for command, number in zip((*workers, router), (15, 2, 15), strict=True):
+        assert command.end(signal.Signals(number)) == 0
+
+
+def test_a_signal_while_the_model_loads_ends_the_worker(
+    start: Callable[..., Command], model: str
+) -> None:
+    worker = start("worker", "decode", model)
+    wait_for(lambda: "starting decode worker" in worker.output, "the start to begin")
+    assert worker.end(signal.SIGTERM) == 0
+
+
+def test_a_taken_port_is_one_line(start: Callable[..., Command], model: str) -> None:
+    decode = ("--decode", "127.0.0.1:1")
+    router = start("router", model, *decode, "--port", "0")
+    port = router.ready(r"^baton router ready url=http://127\.0\.0\.1:(\d+)$")
+    second = start("router", model, *decode, "--port", port)
+    assert second.process.wait(TIMEOUT_S) == 2
+    assert f"port {port} on 127.0.0.1 is in use by python" in second.output
+    assert "Traceback" not in second.output

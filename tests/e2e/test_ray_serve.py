@@ -1,0 +1,239 @@
+"""`baton serve --demo` as a person runs it: real Ray, Serve, HAProxy, router and workers."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from cluster.demo_model import ensure_demo_model
+
+pytestmark = pytest.mark.ray
+
+START_S = 120.0
+END_S = 30.0
+# In a folder of its own and with other people's settings out of reach.
+IGNORED = ("BATON_", "RAY_")
+
+
+def wait_for(condition: Callable[[], object], timeout_s: float, what: str) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout_s:.0f} s for {what}"
+        time.sleep(0.05)
+
+
+class Served:
+    """One `baton serve`."""
+
+    def __init__(self, folder: Path, *flags: str, model: tuple[str, ...] = ()) -> None:
+        # Not in `folder`: the paths of sockets must be short.
+        self.temporary = Path(tempfile.mkdtemp(prefix="b", dir="/tmp"))
+        self._output = folder / "output"
+        arguments = model or ("--demo", "--demo-dir", str(folder / "demo"))
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(IGNORED)}
+        with self._output.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "cluster.cli", "serve", *arguments, *flags],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment | {"TMPDIR": str(self.temporary)},
+            )
+
+    @property
+    def output(self) -> str:
+        return self._output.read_text(encoding="utf-8")
+
+    def wait_until_ready(self) -> str:
+        def told() -> bool:
+            return "baton ready" in self.output or self.process.poll() is not None
+
+        wait_for(told, START_S, "the ready line")
+        found = re.search(r"^baton ready url=(\S+) ", self.output, re.MULTILINE)
+        assert found is not None, self.output
+        return found[1]
+
+    def family(self) -> list[psutil.Process]:
+        """Every process below the command, all at once."""
+        found: list[psutil.Process] = psutil.Process(self.process.pid).children(recursive=True)
+        return found
+
+    def named(self, part: str) -> list[psutil.Process]:
+        found: list[psutil.Process] = []
+        for process in self.family():
+            try:
+                if part in " ".join([process.name(), *process.cmdline()]):
+                    found.append(process)
+            except psutil.NoSuchProcess:
+                continue
+        return found
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait(END_S)
+        shutil.rmtree(self.temporary, ignore_errors=True)
+
+
+def listening(processes: list[psutil.Process]) -> set[int]:
+    """TCP ports that these processes listen on."""
+    ports: set[int] = set()
+    for process in processes:
+        try:
+            connections = process.net_connections(kind="tcp")
+        except psutil.Error:
+            continue
+        ports |= {c.laddr.port for c in connections if c.status == psutil.CONN_LISTEN}
+    return ports
+
+
+def all_listening() -> set[int]:
+    return {
+        c.laddr.port for c in psutil.net_connections(kind="tcp") if c.status == psutil.CONN_LISTEN
+    }
+
+
+def post(url: str, **body: Any) -> tuple[str, str]:
+    """Status line's content type and the body of a chat completion."""
+    message = {"role": "user", "content": "Tell me about the sea."}
+    data = json.dumps({"model": "demo", "messages": [message], "temperature": 0, **body}).encode()
+    request = urllib.request.Request(
+        f"{url}/v1/chat/completions", data, {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return answer.headers["Content-Type"], answer.read().decode()
+
+
+def complete(url: str) -> str:
+    _, body = post(url, max_tokens=16)
+    content = json.loads(body)["choices"][0]["message"]["content"]
+    assert isinstance(content, str)
+    return content
+
+
+def healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    served = Served(tmp_path_factory.mktemp("s"), "--port", "0")
+    try:
+        served.wait_until_ready()
+        yield served
+    finally:
+        served.close()
+
+
+@pytest.fixture(scope="module")
+def url(served: Served) -> str:
+    return served.wait_until_ready()
+
+
+def test_a_completion_and_a_stream_say_the_same(url: str) -> None:
+    content = complete(url)
+    kind, body = post(url, max_tokens=16, stream=True, stream_options={"include_usage": True})
+    assert kind.startswith("text/event-stream")
+    events = [line.removeprefix("data: ") for line in body.splitlines() if line.startswith("data")]
+    assert events[-1] == "[DONE]"
+    chunks = [json.loads(event) for event in events[:-1]]
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks if chunk["choices"]]
+    assert "".join(delta.get("content") or "" for delta in deltas) == content
+    assert chunks[-1]["usage"]["completion_tokens"] == 16
+
+
+def test_the_printed_curl_works(served: Served, url: str) -> None:
+    (command,) = re.findall(r"^curl .*$", served.output, re.MULTILINE)
+    answer = subprocess.run(
+        command.replace("curl", "curl -s -f"), shell=True, capture_output=True, timeout=60
+    )
+    assert answer.returncode == 0
+    assert answer.stdout.rstrip().endswith(b"data: [DONE]")
+
+
+def test_only_this_machine_can_reach_what_we_open(served: Served, url: str) -> None:
+    addresses = {
+        c.laddr.ip
+        for process in served.named("haproxy")
+        for c in process.net_connections(kind="tcp")
+        if c.status == psutil.CONN_LISTEN
+    }
+    assert addresses == {"127.0.0.1"}
+
+
+def test_a_dead_registry_and_then_a_dead_worker_are_replaced(served: Served, url: str) -> None:
+    before = complete(url)
+    (registry,) = served.named("ray::Registry")
+    (decoder,) = served.named("ray::ServeReplica:baton:DecodeWorker")
+    registry.kill()
+    assert complete(url) == before  # no request needs the registry
+    decoder.kill()
+    wait_for(lambda: not healthy(url), END_S, "the router to miss the worker")
+    # The new worker can only be found through the restarted registry.
+    wait_for(lambda: healthy(url), START_S, "the new worker")
+    assert complete(url) == before
+
+
+def test_sigterm_ends_everything_within_seconds(served: Served, url: str) -> None:
+    """The last test with this cluster."""
+    family = served.family()
+    ports = listening(family)
+    assert len(family) > 8
+    began = time.monotonic()
+    served.process.terminate()
+    assert served.process.wait(END_S) == 0
+    assert time.monotonic() - began < 15
+    assert not [process for process in family if process.is_running()]
+    assert not ports & all_listening()
+    assert not list(served.temporary.glob("baton-*"))
+
+
+def test_kill_9_leaves_no_process_and_no_port(tmp_path_factory: pytest.TempPathFactory) -> None:
+    served = Served(tmp_path_factory.mktemp("k"), "--port", "0")
+    try:
+        url = served.wait_until_ready()
+        assert complete(url)
+        family = served.family()
+        ports = listening(family)
+        assert int(url.rpartition(":")[2]) in ports
+        served.process.send_signal(signal.SIGKILL)
+        served.process.wait()
+        wait_for(lambda: not any(p.is_running() for p in family), END_S, "all processes to end")
+        assert not ports & all_listening()
+        wait_for(lambda: not list(served.temporary.glob("baton-*")), END_S, "the files to go")
+    finally:
+        served.close()
+
+
+def test_a_model_that_cannot_be_served_is_one_clear_line(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    folder = tmp_path_factory.mktemp("u")
+    model = ensure_demo_model(folder / "spoilt")
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "mamba", "architectures": ["MambaForCausalLM"]}
+    (model / "config.json").write_text(json.dumps(config))
+    served = Served(folder, "--port", "0", model=(str(model),))
+    try:
+        assert served.process.wait(START_S) == 1
+        (line,) = [line for line in served.output.splitlines() if "baton: error" in line]
+        assert re.search(r"the (prefill|decode) worker cannot start: UnsupportedModel: ", line)
+        assert "Traceback" not in served.output
+    finally:
+        served.close()
