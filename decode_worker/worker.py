@@ -231,6 +231,7 @@ class DecodeWorker:
         return self._host.status() | {
             "role": str(self._config.role),
             "worker_id": self._config.worker_id,
+            "incarnation": self._incarnation,
             "requests": len(self._requests),
             "handoffs": {
                 "adopted": totals.adopted,

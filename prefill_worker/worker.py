@@ -218,6 +218,7 @@ class PrefillWorker:
         return self._host.status() | {
             "role": str(self._config.role),
             "worker_id": self._config.worker_id,
+            "incarnation": self._incarnation,
             "requests": len(self._requests),
             "transfers": len(self._exports),
             "ended_transfers": dict(self.ended_transfers),

@@ -101,7 +101,9 @@ def listening(processes: list[psutil.Process]) -> set[int]:
 
 def all_listening() -> set[int]:
     return {
-        c.laddr.port for c in psutil.net_connections(kind="tcp") if c.status == psutil.CONN_LISTEN
+        c.laddr.port
+        for c in psutil.net_connections(kind="tcp")
+        if c.status == psutil.CONN_LISTEN and c.laddr
     }
 
 

@@ -1,11 +1,12 @@
-"""A handoff that goes wrong at every stage: the answer stays right, both ledgers go back to idle."""
+"""A handoff that goes wrong at every stage: the answer stays right, both ledgers go to idle."""
 
 import asyncio
 import json
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,7 +61,7 @@ async def test_reused_blocks_are_detected(
     """P frees and reuses exported blocks between D's data reads and its check of the words."""
     original = TransferThread.read
 
-    async def read(self: TransferThread, peer, kind, slices, remote, **options):  # type: ignore
+    async def read(self: TransferThread, peer: Any, kind: str, *rest: Any, **options: Any) -> Any:
         if kind == "words":
 
             def reuse(scheduler: Scheduler) -> None:
@@ -69,7 +70,7 @@ async def test_reused_blocks_are_detected(
                         scheduler.pool.generations.bump(block)
 
             await asyncio.wrap_future(cluster.prefill._host.call(reuse))
-        return await original(self, peer, kind, slices, remote, **options)
+        return await original(self, peer, kind, *rest, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(TransferThread, "read", read)
     prompt = prompt_of(70)
@@ -94,9 +95,9 @@ async def test_a_revoked_transfer_is_recomputed(cluster: SplitCluster, llama: Pa
     await cluster.idle()
 
 
-async def until(condition, timeout_s: float = 10.0) -> None:  # type: ignore[no-untyped-def]
+async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
     async with asyncio.timeout(timeout_s):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - what it waits for has no event
             await asyncio.sleep(0.005)
 
 
@@ -110,7 +111,7 @@ async def test_an_unclaimed_transfer_expires(llama: Path) -> None:
 async def test_a_held_read_is_quarantined_until_it_lands(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A read that outlives its deadline: recomputed elsewhere, its blocks nobody's until it ends."""
+    """A read that outlives its deadline: recomputed elsewhere, its blocks held until it ends."""
     held = asyncio.Event()
     original = TransferThread._poll
 

@@ -9,7 +9,7 @@ import pytest
 from contracts.events import FinishReason
 from contracts.sampling import SamplingParams
 from tests.support.reference import greedy
-from tests.support.split_cluster import SplitCluster, split_cluster
+from tests.support.split_cluster import Answer, SplitCluster, split_cluster
 from tests.support.tiny_models import ARCHITECTURES, VOCAB, build_tiny
 
 NEW = 12
@@ -27,10 +27,12 @@ def prompts_of(arch: str) -> list[list[int]]:
     return [[draw.randrange(2, VOCAB) for _ in range(length)] for length in LENGTHS]
 
 
-async def at_most(cluster: SplitCluster, prompts: list[list[int]], width: int, *, split: bool):
+async def at_most(
+    cluster: SplitCluster, prompts: list[list[int]], width: int, *, split: bool
+) -> list[Answer]:
     gate = asyncio.Semaphore(width)
 
-    async def one(prompt: list[int]):
+    async def one(prompt: list[int]) -> Answer:
         async with gate:
             return await cluster.generate(prompt, GREEDY, split=split)
 
@@ -153,5 +155,7 @@ async def test_preemption_changes_no_token(llama: Path, split: bool) -> None:
         )
         assert [a.failure for a in answers] == [""] * len(prompts)
         assert [a.tokens[0] for a in answers] == truth
-        assert cluster.decode.status()["preemptions"] > 0
+        preemptions = cluster.decode.status()["preemptions"]
+        assert isinstance(preemptions, int)
+        assert preemptions > 0
         await cluster.idle()

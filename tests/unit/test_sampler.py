@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +13,11 @@ from engine.plan import SampleSlot
 from engine.sampler import sample
 
 
-def slot(position: int = 0, choice: int = 0, **params: object) -> SampleSlot:
-    return SampleSlot(choice, position, SamplingParams(max_tokens=9, **params))  # type: ignore[arg-type]
+def slot(position: int = 0, choice: int = 0, **params: Any) -> SampleSlot:
+    return SampleSlot(choice, position, SamplingParams(max_tokens=9, **params))
 
 
-def draws(logits: torch.Tensor, count: int, **params: object) -> Counter[int]:
+def draws(logits: torch.Tensor, count: int, **params: Any) -> Counter[int]:
     """Tokens of `count` positions drawn from the same row."""
     slots = [slot(position, **params) for position in range(count)]
     return Counter(s.token_id for s in sample(logits, [0] * count, slots))
