@@ -25,7 +25,7 @@ help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
 serve: $(VENV)/.installed
-	@$(BIN)/baton serve $(or $(MODEL),--demo) --port $(PORT) $(ARGS)
+	@exec $(BIN)/baton serve $(or $(MODEL),--demo) --port $(PORT) --end-with-parent $(ARGS)
 
 test: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest $(TESTS)

@@ -39,6 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="baton",
         description="Serve language models with prefill and decode on separate workers.",
         formatter_class=_Help,
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"baton {_version()}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -47,7 +48,11 @@ def make_parser() -> argparse.ArgumentParser:
     _add_router(commands)
     _add_status(commands)
     bench = commands.add_parser(
-        "bench", help="measure a running server", formatter_class=_Help, add_help=False
+        "bench",
+        help="measure a running server",
+        formatter_class=_Help,
+        add_help=False,
+        allow_abbrev=False,
     )
     bench.add_argument("kind", choices=["load"], help="what to measure")
     bench.add_argument("rest", nargs=argparse.REMAINDER, help="see `baton bench load --help`")
@@ -129,6 +134,7 @@ def _add_serve(commands: Any) -> None:
         " everything.",
         epilog=_SERVE_EXAMPLES,
         formatter_class=_Help,
+        allow_abbrev=False,
     )
     _add_model(parser, optional=True)
     parser.add_argument("--demo", action="store_true", help="serve a tiny random model")
@@ -139,6 +145,11 @@ def _add_serve(commands: Any) -> None:
         help="where to keep it (default ~/.cache/baton/demo)",
     )
     parser.add_argument("--timings", action="store_true", help="show where the start's time went")
+    parser.add_argument(
+        "--end-with-parent",
+        action="store_true",
+        help="end also when the process that started this one dies (for make and supervisors)",
+    )
     group = parser.add_argument_group("workers")
     group.add_argument("--prefill", metavar="N", help="prefill workers (default 1)")
     group.add_argument("--decode", metavar="N", help="decode workers (default 1)")
@@ -160,6 +171,7 @@ def _add_worker(commands: Any) -> None:
         description="Start one worker as an ordinary process. SIGTERM drains it.",
         epilog=_WORKER_EXAMPLES,
         formatter_class=_Help,
+        allow_abbrev=False,
     )
     parser.add_argument("role", choices=["prefill", "decode"])
     _add_model(parser)
@@ -186,6 +198,7 @@ def _add_router(commands: Any) -> None:
         description="Start one router as an ordinary process, for workers at given addresses.",
         epilog=_WORKER_EXAMPLES,
         formatter_class=_Help,
+        allow_abbrev=False,
     )
     _add_model(parser)
     parser.add_argument(
@@ -210,6 +223,7 @@ def _add_status(commands: Any) -> None:
         help="show workers and their KV block ledgers",
         description="Ask workers how they are.",
         formatter_class=_Help,
+        allow_abbrev=False,
     )
     parser.add_argument("addresses", nargs="+", metavar="HOST:PORT")
     parser.add_argument("--check", action="store_true", help="exit 1 if a ledger does not add up")
@@ -238,6 +252,7 @@ _NOT_SETTINGS = {
     "demo",
     "demo_dir",
     "drain_timeout",
+    "end_with_parent",
     "json",
     "prefill_at",
     "role",
@@ -257,6 +272,10 @@ def _settings(args: argparse.Namespace, **more: object) -> Any:
 def _serve(args: argparse.Namespace) -> int:
     from cluster.local import serve
 
+    if args.end_with_parent:
+        from cluster.reaper import die_with_parent
+
+        die_with_parent()
     if not args.demo:
         if args.model is None and args.config is None and "BATON_MODEL" not in os.environ:
             raise ConfigurationError("name a MODEL, or use --demo to try a tiny random one")

@@ -46,7 +46,7 @@ def become_subreaper() -> None:
 
 
 def die_with_parent() -> None:
-    """Ask for SIGTERM when the parent dies (for the program below the reaper)."""
+    """Ask for SIGTERM when the parent dies."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

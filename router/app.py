@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
 from contracts.errors import EngineFailure, NotFound, ServingError
@@ -192,7 +193,7 @@ class _Routes:
             response = await self._chat(request)
             streaming = isinstance(response, EventStream)
             return response
-        except ClientGone:
+        except (ClientGone, ClientDisconnect):
             self.service.metrics.disconnects.inc()
             return Response(status_code=_CLIENT_CLOSED)
         except ServingError as error:

@@ -4,8 +4,11 @@ from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from contracts.events import PathTaken
 from router.placement import Decision, WorkerSnapshot
 
+_BYTES = tuple(4.0**n for n in range(6, 18))  # 4 KiB to 16 GiB
+_READ_SECONDS = tuple(0.0001 * 2**n for n in range(17))  # 0.1 ms to 6.6 s
 _SECONDS = (
     *(0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
     *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0),
@@ -69,10 +72,26 @@ class RouterMetrics:
         self._worker_free = Gauge(
             "baton:worker_free_blocks", "Free KV blocks", labels, registry=self._registry
         )
+        self._handoff_bytes = self._handoff("bytes", "KV bytes read", _BYTES)
+        self._handoff_descriptors = self._handoff(
+            "descriptors", "Contiguous regions read", tuple(2.0**n for n in range(13))
+        )
+        self._handoff_seconds = self._handoff("read_seconds", "Time in KV reads", _READ_SECONDS)
+        self._handoff_rate = self._handoff(
+            "gigabytes_per_second", "KV read rate", tuple(0.01 * 2**n for n in range(16))
+        )
         self._waiting = self._gauge("vllm:num_requests_waiting", "Waiting on all workers")
 
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(name, text, list(self._label), registry=self._registry).labels(**self._label)
+
+    def _handoff(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(
+            f"baton:handoff_{name}",
+            f"{text}, for each handoff",
+            registry=self._registry,
+            buckets=buckets,
+        )
 
     def _counter(self, name: str, text: str) -> Counter:
         counter = Counter(name, text, list(self._label), registry=self._registry)
@@ -87,6 +106,14 @@ class RouterMetrics:
     def placed(self, decision: Decision) -> None:
         """Count a decision."""
         self._placements.labels(decision.path.value, decision.reason.value).inc()
+
+    def handoff(self, taken: PathTaken) -> None:
+        """Count what a D read from a P."""
+        self._handoff_bytes.observe(taken.num_bytes)
+        self._handoff_descriptors.observe(taken.num_descriptors)
+        self._handoff_seconds.observe(taken.read_s)
+        if taken.read_s > 0:
+            self._handoff_rate.observe(taken.num_bytes / taken.read_s / 1e9)
 
     def path(self, path: str) -> None:
         """Count how a prompt was computed: remote, local, recomputed, replayed."""

@@ -303,6 +303,8 @@ class Generation:
                     self._offer_elsewhere(attempt, event.reason)
             case PathTaken():
                 self._metrics.path("replayed" if attempt.request.output_ids else event.path)
+                if event.num_bytes:
+                    self._metrics.handoff(event)
             case RequestFailed():
                 error = error_of(event.kind, event.message)
                 self._worker_gone(attempt, worker_id, WorkerFault(worker_id, error))

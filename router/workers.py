@@ -23,6 +23,7 @@ _SETTLE_S = 0.1  # a load report younger than this may not know of a request yet
 _FIRST_BACKOFF_S = 0.05
 _LAST_BACKOFF_S = 2.0
 _DIRECTORY_RETRY_S = 1.0
+_CLOSED = "closed by the router"
 
 
 class Session(Protocol):
@@ -238,7 +239,7 @@ class WorkerPool:
                 self._opened(link, session)
                 await link.gone.wait()
             finally:
-                link.on_lost(address.worker_id, "closed by the router")
+                link.on_lost(address.worker_id, _CLOSED)
                 with suppress(Exception):
                     await session.close()
             await asyncio.sleep(backoff_s)
@@ -263,7 +264,8 @@ class WorkerPool:
         """Forget a session and tell the requests."""
         if self._links.get(link.worker_id) is link:
             del self._links[link.worker_id]
-            logger.warning("session to %s is lost: %s", link.worker_id, reason)
+            level = logging.INFO if reason == _CLOSED else logging.WARNING
+            logger.log(level, "session to %s is over: %s", link.worker_id, reason)
             for listener in list(self._listeners.values()):
                 listener.on_worker_lost(link.worker_id, reason)
         self.notify()

@@ -335,7 +335,7 @@ class FakeCluster:
             await self._changed.wait()
 
 
-async def until(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
+async def until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
     """Wait until a condition holds.
 
     Raises:
