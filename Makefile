@@ -25,7 +25,8 @@ help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
 serve: $(VENV)/.installed
-	@exec $(BIN)/baton serve $(or $(MODEL),--demo) --port $(PORT) --end-with-parent $(ARGS)
+	@exec $(BIN)/baton serve $(or $(MODEL),--demo) --config cluster_configs/local.yaml \
+	  --port $(PORT) --end-with-parent $(ARGS)
 
 test: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest $(TESTS)

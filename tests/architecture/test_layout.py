@@ -17,7 +17,7 @@ DOCUMENTS = sorted(
     [*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md")], key=lambda file: file.name
 )
 MAX_LINES = 450
-# `engine/loop.py`, `cluster_configs/local_cpu.yaml`: a path with a folder and an ending.
+# `engine/loop.py`, `cluster_configs/local.yaml`: a path with a folder and an ending.
 NAMED_FILE = re.compile(r"`([\w.-]+(?:/[\w.-]+)*/[\w-]+\.(?:py|proto|yaml|md|sh|toml|txt))`")
 COMMAND = re.compile(r"^\s*(?:\$ )?make ([a-z][a-z-]*)", re.MULTILINE)
 

@@ -12,7 +12,7 @@ from cluster.settings import ClusterSettings, load_settings
 FOLDER = Path(__file__).parents[2] / "cluster_configs"
 RAY_UP = sorted(FOLDER.glob("ray_up_*.yaml"))
 SERVE = sorted(FOLDER.glob("serve_*.yaml"))
-SETTINGS = sorted(FOLDER.glob("local_*.yaml"))
+SETTINGS = sorted(FOLDER.glob("local*.yaml"))
 HAPROXY = (
     "RAY_SERVE_ENABLE_HA_PROXY=1",
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S=",
