@@ -90,7 +90,16 @@ EVENTS: st.SearchStrategy[WorkerEvent] = st.one_of(
     TOKENS,
     of(PrefillStarted, request_id=TEXT, attempt=U32, kv_transfer_params=TEXT, cached_tokens=U32),
     of(Adopted, request_id=TEXT, attempt=U32, accepted=st.booleans(), reason=TEXT),
-    of(PathTaken, request_id=TEXT, attempt=U32, path=TEXT, cause=TEXT),
+    of(
+        PathTaken,
+        request_id=TEXT,
+        attempt=U32,
+        path=TEXT,
+        cause=TEXT,
+        num_bytes=U64,
+        num_descriptors=U64,
+        read_s=F64,
+    ),
     of(RequestFailed, request_id=TEXT, attempt=U32, kind=TEXT, message=TEXT),
 )
 PARAMS = of(
