@@ -38,8 +38,8 @@ def test_every_file_is_of_a_known_kind() -> None:
 @pytest.mark.parametrize("file", SETTINGS, ids=name)
 def test_settings(file: Path) -> None:
     settings = load_settings({"model": "demo"}, file=file, environ={})
-    assert settings.kv_memory == 256 << 20
-    assert (settings.prefill, settings.decode) == (1, 1)
+    assert (settings.prefill, settings.decode, settings.aggregated) == (1, 1, False)
+    assert settings.device == "auto"
 
 
 @pytest.mark.parametrize("file", RAY_UP, ids=name)
