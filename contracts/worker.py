@@ -66,5 +66,4 @@ class WorkerConfig:
     prefix_caching: bool = True
     lease_ms: int = 2000
     read_timeout_ms: int = 10_000  # D gives a silent read up and recomputes
-    quarantine_ms: int = 10_000
     check_ledger: bool = False  # assert the ledger after every step (tests)

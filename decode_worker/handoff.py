@@ -46,6 +46,7 @@ from kv_transfer.transfer_thread import TransferThread
 
 log = logging.getLogger(__name__)
 _RESERVE_RETRY_S = 0.005
+_READ_BYTES = 256 << 20  # of one `read` call: its time limit is for that much
 _REPEATS_BEATS = 4  # a lease is this many beats: own deadline = last acknowledged + lease - margin
 
 
@@ -86,7 +87,8 @@ class _Posting:
 class Handoff:
     """Drives one transfer; `run` ends in a joined sequence or in a HandoffError.
 
-    `landing` is this worker's table of words read from peers, slot = local block id.
+    `landing` is this worker's table of words read from peers, slot = local block id. `turn` is
+    one for all handoffs of this worker: they reserve in order of arrival.
     """
 
     request: GenerationRequest
@@ -96,6 +98,7 @@ class Handoff:
     peers: PeerTable
     transfers: TransferThread
     landing: npt.NDArray[np.uint64]
+    turn: asyncio.Lock
     block_size: int
     read_timeout_s: float
     state: HandoffState = HandoffState.WAIT
@@ -108,6 +111,7 @@ class Handoff:
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _reservation: Reservation | None = None
     _postings: list[_Posting] = field(default_factory=list[_Posting])
+    _reading: asyncio.Timeout | None = None
 
     async def run(self, joined: Callable[["Handoff"], None]) -> None:
         """Do all of it; `joined` is called just before the sequence enters the engine.
@@ -124,7 +128,7 @@ class Handoff:
             await self._verify()
             self._release_peer()
             joined(self)
-            self._join()
+            await self._join()
         finally:
             self._give_back()
 
@@ -145,18 +149,20 @@ class Handoff:
 
     async def _reserve(self) -> None:
         deadline = time.monotonic() + self.read_timeout_s
-        while self._reservation is None:
-            self._raise_failure()
-            asked = self.host.call(lambda scheduler: scheduler.reserve(self.request))
-            try:
-                self._reservation = await asyncio.shield(asyncio.wrap_future(asked))
-            except OutOfBlocks:
-                if time.monotonic() > deadline:
-                    raise TransferFailed("no KV blocks became free in time") from None
-                await asyncio.sleep(_RESERVE_RETRY_S)
-            except asyncio.CancelledError:
-                asked.add_done_callback(self._undo_reserve)
-                raise
+        keys: list[bytes] = []
+        async with self.turn:  # so a big prompt does not starve behind small ones (M7)
+            while self._reservation is None:
+                self._raise_failure()
+                asked = self.host.call(lambda scheduler: scheduler.reserve(self.request, keys))
+                try:
+                    self._reservation = await asyncio.shield(asyncio.wrap_future(asked))
+                except OutOfBlocks:
+                    if time.monotonic() > deadline:
+                        raise TransferFailed("no KV blocks became free in time") from None
+                    await asyncio.sleep(_RESERVE_RETRY_S)
+                except asyncio.CancelledError:
+                    asked.add_done_callback(self._undo_reserve)
+                    raise
         self.state = HandoffState.RESERVED
 
     def _undo_reserve(self, done: "Future[Reservation]") -> None:
@@ -169,12 +175,13 @@ class Handoff:
         grant, reservation, peer = self._granted(), self._reserved(), self._linked()
         rank = peer.layout.rank
         total = len(grant.block_ids)
+        most = max(1, _READ_BYTES // rank.bytes_per_block)
         done = reservation.num_hits
         self.stats = HandoffStats(hit_blocks=done)
         self._ready_tokens = max(self._ready_tokens, grant.ready_tokens)
         while done < total:
             await self._until(self._more_than(done), "P computed nothing in time")
-            ready = self._ready_blocks()
+            ready = min(self._ready_blocks(), done + most)
             local = reservation.blocks[done:ready]
             regions = coalesce(grant.block_ids[done:ready], local, rank.bytes_per_block)
             await self._read(
@@ -218,15 +225,23 @@ class Handoff:
         self.state = HandoffState.READ
         rank = peer.layout.rank
         lease_s = self._granted().lease_ms / 1000
-        result = await self.transfers.read(
-            peer.handle,
-            "words" if words else "kv",
-            pieces,
-            rank.words_region if words else rank.kv_region,
-            deadline=time.monotonic() + self.read_timeout_s,
-            lease_deadline=lambda: peer.link.acknowledged_at + lease_s * (1 - 1 / _REPEATS_BEATS),
-            on_terminal=lambda: self._terminal(posting),
-        )
+        margin_s = lease_s / _REPEATS_BEATS
+        try:
+            async with asyncio.timeout(None) as self._reading:  # until `_fail`, if that comes first
+                result = await self.transfers.read(
+                    peer.handle,
+                    "words" if words else "kv",
+                    pieces,
+                    rank.words_region if words else rank.kv_region,
+                    deadline=time.monotonic() + self.read_timeout_s,
+                    lease_deadline=lambda: peer.link.acknowledged_at + lease_s - margin_s,
+                    on_terminal=lambda: self._terminal(posting),
+                )
+        except TimeoutError:
+            self._raise_failure()
+            raise
+        finally:
+            self._reading = None
         if not words:
             self.stats = HandoffStats(
                 self.stats.num_bytes + result.num_bytes,
@@ -235,11 +250,12 @@ class Handoff:
                 self.stats.hit_blocks,
             )
 
-    def _join(self) -> None:
+    async def _join(self) -> None:
         reservation, first = self._reserved(), self.first_tokens
         self._reservation = None  # the engine's from here on
         self.state = HandoffState.RUN
-        self.host.call(lambda scheduler: scheduler.adopt(reservation, first))
+        adopted = self.host.call(lambda scheduler: scheduler.adopt(reservation, first))
+        await asyncio.shield(asyncio.wrap_future(adopted))
 
     # -- ends -------------------------------------------------------------------------------
 
@@ -293,7 +309,10 @@ class Handoff:
         self._changed.set()
 
     def _fail(self, error: Exception) -> None:
-        self._failure = self._failure or error
+        if self._failure is None:
+            self._failure = error
+            if self._reading is not None:  # nobody waits for bytes that are worth nothing
+                self._reading.reschedule(0)
 
     def _raise_failure(self) -> None:
         if self._failure is not None:

@@ -73,11 +73,10 @@ class PeerTable:
             layout = KvLayout.decode(link.remote.layout)
             compatible(self._layout, layout)
             handle = await self._transfers.add_peer(link.remote.agent_metadata)
-        except ServingError:
+        except BaseException as error:
             await link.close()
-            raise
-        except Exception as error:
-            await link.close()
+            if isinstance(error, ServingError) or not isinstance(error, Exception):
+                raise
             raise TransferFailed(f"the connector refuses the peer: {error}") from error
         return Peer(link, layout, handle)
 
@@ -87,12 +86,18 @@ class PeerTable:
         transfer_id: TransferId,
         listener: Callable[[TransferMessage | None], None],
     ) -> None:
-        """Route a transfer's messages to `listener`; None means that the link is lost."""
+        """Route a transfer's messages to `listener`; None means that the link is lost.
+
+        Raises:
+            TransferFailed: it is lost already.
+        """
+        if peer.link.lost:
+            raise TransferFailed("the peer link is lost")
         self._listeners[transfer_id] = listener
         self._transfers_of.setdefault(peer.link, set()).add(transfer_id)
 
     def forget(self, peer: Peer, transfer_id: TransferId) -> None:
-        """Stop routing. Idempotent."""
+        """Stop routing. Idempotent, also without `listen`."""
         self._listeners.pop(transfer_id, None)
         of_link = self._transfers_of.get(peer.link)
         if of_link is not None:

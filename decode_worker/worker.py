@@ -11,7 +11,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from contracts.errors import ClaimRefused, InvalidRequest, ServingError, Unavailable
+from contracts.errors import (
+    ClaimRefused,
+    EngineFailure,
+    InvalidRequest,
+    ServingError,
+    Unavailable,
+)
 from contracts.events import (
     Adopted,
     PathTaken,
@@ -54,6 +60,7 @@ class _Decode:
     handoff: "asyncio.Task[None] | None" = None
     need_blocks: int = 0  # promised at Adopt, until reserved or given up
     num_finished: int = 0
+    started: bool = False  # told so; a replay of several choices starts several sequences
 
 
 @dataclass(slots=True)
@@ -79,6 +86,7 @@ class DecodeWorker:
         self._transfers: TransferThread | None = None
         self._peers: PeerTable | None = None
         self._server: RpcServer | None = None
+        self._reserving = asyncio.Lock()  # handoffs reserve one after the other
         self._draining = False
         self.totals = HandoffTotals()
         self.recompute_causes: dict[str, int] = {}
@@ -87,7 +95,7 @@ class DecodeWorker:
 
     async def start(self) -> WorkerAddress:
         """Load, register the memory, listen. Returns where routers find it."""
-        parts = await self._host.start(self._on_engine_events)
+        parts = await self._host.start(self._on_engine_events, self._on_engine_failure)
         self._semantic_hash = model_hash(parts.model_digest)
         cache, model = parts.cache, parts.model
         layout = local_layout(
@@ -203,6 +211,7 @@ class DecodeWorker:
             peers=self._peers,
             transfers=self._transfers,
             landing=self._landing,
+            turn=self._reserving,
             block_size=self._config.block_size,
             read_timeout_s=self._config.read_timeout_ms / 1000,
         )
@@ -301,14 +310,17 @@ class DecodeWorker:
         request = decode.request
         key = (request.request_id, request.attempt)
         try:
-            await handoff.run(lambda done: self._joined(decode, done))
-        except HandoffEnded:
-            self._requests.pop(key, None)
-        except ServingError as error:
-            self._recompute(decode, handoff, error)
+            try:
+                await handoff.run(lambda done: self._joined(decode, done))
+            except HandoffEnded:
+                self._requests.pop(key, None)
+            except Exception as error:
+                if not isinstance(error, ServingError):
+                    log.exception("request %s: a handoff met a fault of ours", request.request_id)
+                self._recompute(decode, handoff, error)
         except Exception as error:
-            log.exception("request %s: the handoff failed on a fault of ours", request.request_id)
-            self._recompute(decode, handoff, error)
+            log.exception("request %s: the recompute could not begin", request.request_id)
+            self._fail(key, error)
         finally:
             decode.handoff = None
             decode.need_blocks = 0
@@ -344,7 +356,8 @@ class DecodeWorker:
         ]
         first = handoff.first_tokens
         if first:
-            finished = tuple(tokens.choice for tokens in first if tokens.finish is not None)
+            ended = tuple(tokens.choice for tokens in first if tokens.finish is not None)
+            finished = request.finished + ended
             outputs: list[tuple[int, ...]] = [()] * request.params.n
             for tokens in first:
                 outputs[tokens.choice] = tokens.token_ids
@@ -354,6 +367,15 @@ class DecodeWorker:
         decode.sink.send(events)
         self._add(decode, request)
 
+    def _on_engine_failure(self, error: BaseException) -> None:
+        """Fail all requests: none of them will get another token here."""
+        self._draining = True
+        failure = EngineFailure(f"the engine failed: {type(error).__name__}")
+        for key, decode in list(self._requests.items()):
+            if decode.handoff is not None:
+                decode.handoff.cancel()
+            self._fail(key, failure)
+
     def _on_engine_events(self, events: list[EngineEvent]) -> None:
         for event in events:
             key = (event.request_id, event.attempt)
@@ -361,7 +383,8 @@ class DecodeWorker:
             if decode is None or isinstance(event, Progress):
                 continue
             if isinstance(event, Started):
-                if decode.path == "local":
+                if decode.path == "local" and not decode.started:
+                    decode.started = True
                     decode.sink.send([PrefillStarted(*key, "", event.cached_tokens)])
                     decode.sink.send([PathTaken(*key, "local")])
                 continue

@@ -135,7 +135,7 @@ def build(config: WorkerConfig, incarnation: Incarnation) -> tuple[EngineParts, 
 
 
 class EngineHost:
-    """An engine and the event loop that commands it. `on_events` runs on that loop."""
+    """An engine and the event loop that commands it. Both callbacks run on it."""
 
     def __init__(self, config: WorkerConfig, incarnation: Incarnation) -> None:
         self._config = config
@@ -143,18 +143,26 @@ class EngineHost:
         self._engine: Engine | None = None
         self._parts: EngineParts | None = None
 
-    async def start(self, on_events: Callable[[list[EngineEvent]], None]) -> EngineParts:
-        """Build everything in a thread and start stepping."""
+    async def start(
+        self,
+        on_events: Callable[[list[EngineEvent]], None],
+        on_failure: Callable[[BaseException], None],
+    ) -> EngineParts:
+        """Build everything in a thread and start stepping. `on_failure`: the engine has died."""
         loop = asyncio.get_running_loop()
 
         def deliver(events: list[EngineEvent]) -> None:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(on_events, events)
 
+        def report(error: BaseException) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(on_failure, error)
+
         parts, computer = await asyncio.to_thread(build, self._config, self._incarnation)
         self._parts = parts
         self._engine = Engine(
-            parts.scheduler, computer, deliver, check_ledger=self._config.check_ledger
+            parts.scheduler, computer, deliver, report, check_ledger=self._config.check_ledger
         )
         self._engine.start()
         return parts

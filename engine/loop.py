@@ -17,7 +17,6 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 _IDLE_WAIT_S = 0.25  # an idle engine shows a pulse this often
-_BLOCKED_WAIT_S = 0.002  # nothing fits: look again soon, or when a command comes
 
 
 class StepComputer(Protocol):
@@ -31,7 +30,8 @@ class StepComputer(Protocol):
 class Engine:
     """Runs a scheduler and a computer in one thread.
 
-    `on_events` is called in the engine thread after every step that has something to tell.
+    `on_events` is called in the engine thread after every step that has something to tell,
+    `on_failure` if that thread dies of an error: no request of it will say anything more.
     """
 
     def __init__(
@@ -39,12 +39,14 @@ class Engine:
         scheduler: Scheduler,
         computer: StepComputer,
         on_events: Callable[[list[EngineEvent]], None],
+        on_failure: Callable[[BaseException], None] = lambda error: None,
         *,
         check_ledger: bool = False,
     ) -> None:
         self._scheduler = scheduler
         self._computer = computer
         self._on_events = on_events
+        self._on_failure = on_failure
         self._check_ledger = check_ledger
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
@@ -111,8 +113,9 @@ class Engine:
             log.exception("the engine failed")
             with self._wake:
                 self._failure = error
+            self._on_failure(error)
         finally:
-            self._refuse_commands()
+            self._run_last_commands()
 
     def _turn(self) -> bool:
         self._pulse_s = time.monotonic()
@@ -133,12 +136,11 @@ class Engine:
     def _step(self) -> None:
         began = time.monotonic()
         plan = self._scheduler.schedule()
-        if not plan.chunks:
-            self._scheduler.commit(plan, ())
+        if not plan.chunks and not plan.copies:
             self._publish()
-            with self._wake:
+            with self._wake:  # nothing runs and nothing fits: only a command can change that
                 if not self._commands and not self._stopping:
-                    self._wake.wait(_BLOCKED_WAIT_S)
+                    self._wake.wait(_IDLE_WAIT_S)
             return
         # Params go out before the compute: the D reserves while P computes.
         self._publish()
@@ -156,7 +158,8 @@ class Engine:
         if events:
             self._on_events(events)
 
-    def _refuse_commands(self) -> None:
+    def _run_last_commands(self) -> None:
+        """Nobody waits for ever: those asked for before the end still run, later ones fail."""
         with self._wake:
             self._stopping = True
             while self._commands:

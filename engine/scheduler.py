@@ -14,6 +14,8 @@ from engine.sequence import Progress, Reservation, Sequence, Started, blocks_for
 
 EngineEvent = Started | Progress | TokensOut
 
+_PATIENCE_STEPS = 32  # then the head of the queue goes before arriving handoffs (M7)
+
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
@@ -49,7 +51,9 @@ class Scheduler:
         self.preemptions = 0
         self.computed_prompt_tokens = 0  # prompt tokens this engine ran through the model
         self.cached_prompt_tokens = 0
-        self.blocked = False  # the head of the queue waits for blocks
+        self._blocked = False
+        self._head_waits = 0  # steps in which the head of the queue found no room
+        self._arriving = 0  # sequences of open reservations
 
     # -- requests ---------------------------------------------------------------------------
 
@@ -57,6 +61,11 @@ class Scheduler:
     def has_work(self) -> bool:
         """Whether a step could compute something."""
         return bool(self._waiting or self._running)
+
+    @property
+    def blocked(self) -> bool:
+        """Whether the head of the queue waits for blocks."""
+        return self._blocked and bool(self._waiting)
 
     def load(self) -> WorkerLoad:
         """Queue and memory, for routers."""
@@ -73,8 +82,8 @@ class Scheduler:
 
     def check_fits(self, request: GenerationRequest) -> None:
         """Raise InvalidRequest if this engine can never hold the request."""
-        length = len(request.prompt_ids)
-        if length == 0:
+        length = len(request.prompt_ids) + max(map(len, request.output_ids), default=0)
+        if not request.prompt_ids:
             raise InvalidRequest("the prompt has no tokens", param="messages")
         if length >= self.config.max_model_len:
             raise InvalidRequest(
@@ -99,12 +108,15 @@ class Scheduler:
         outputs = [request.output_ids[i] if request.output_ids else () for i in alive]
         if export and any(outputs):
             raise InvalidRequest("a prefill for a handoff cannot bring output tokens")
-        prompt = list(request.prompt_ids)
-        if not any(outputs):
-            self._enqueue(request, alive, prompt, arrival, export=export)
-            return
-        for choice, output in zip(alive, outputs, strict=True):
-            self._enqueue(request, (choice,), prompt + list(output), arrival, export=False)
+        parts: list[tuple[tuple[int, ...], tuple[int, ...]]] = [
+            (alive, ())
+        ]  # choices, their output
+        if any(outputs):
+            parts = [((choice,), out) for choice, out in zip(alive, outputs, strict=True)]
+        for choices, output in parts:
+            seq = self._new(request, choices, [*request.prompt_ids, *output], arrival)
+            seq.export = export
+            insort(self._waiting, seq, key=lambda s: s.order)
 
     def abort(self, request_id: RequestId, attempt: int) -> bool:
         """Drop a request's sequences and blocks. Idempotent; True if there was one."""
@@ -118,19 +130,6 @@ class Scheduler:
     def _arrive(self) -> int:
         self._next_arrival += 1
         return self._next_arrival
-
-    def _enqueue(
-        self,
-        request: GenerationRequest,
-        choices: tuple[int, ...],
-        token_ids: list[int],
-        arrival: int,
-        *,
-        export: bool,
-    ) -> None:
-        seq = self._new(request, choices, token_ids, arrival)
-        seq.export = export
-        insort(self._waiting, seq, key=lambda s: s.order)
 
     def _new(
         self,
@@ -146,15 +145,21 @@ class Scheduler:
 
     # -- handoffs arriving at a D -----------------------------------------------------------
 
-    def reserve(self, request: GenerationRequest) -> Reservation:
+    def reserve(self, request: GenerationRequest, keys: list[bytes] | None = None) -> Reservation:
         """Reserve all that an arriving handoff needs (M2), outside the growth headroom (M3).
 
+        `keys`: whoever tries again passes the same list, so that the prompt is hashed once.
+
         Raises:
-            OutOfBlocks: nothing was reserved.
+            OutOfBlocks: nothing was reserved: no blocks, no place among the running, or the head
+                of the queue has waited long enough.
         """
         size = self.config.block_size
         length = len(request.prompt_ids)
-        keys: list[bytes] = []
+        full = len(self._running) + self._arriving >= self.config.max_running
+        if full or (self._waiting and self._head_waits > _PATIENCE_STEPS):
+            raise OutOfBlocks(blocks_for(length + 1, size), 0)
+        keys = [] if keys is None else keys
         extend_keys(keys, list(request.prompt_ids), size, request.cache_salt, length // size)
         hits = self.pool.lookup(keys) if self.config.prefix_caching else []
         self.pool.pin_reserved(hits)
@@ -169,10 +174,12 @@ class Scheduler:
             self.pool.unreserve(hits)
             raise
         spare = self.pool.reserve(spare_count) if spare_count else []
+        self._arriving += request.params.n
         return Reservation(request, hits + fresh, len(hits), spare, keys)
 
     def unreserve(self, reservation: Reservation, in_flight: Iterable[int] = ()) -> None:
         """Give a reservation up; blocks in `in_flight` may still be written and are quarantined."""
+        self._arriving -= reservation.request.params.n
         posted = set(in_flight)
         every = reservation.blocks + reservation.spare
         self.pool.quarantine([b for b in every if b in posted])
@@ -181,6 +188,7 @@ class Scheduler:
     def adopt(self, reservation: Reservation, first: Iterable[TokensOut]) -> None:
         """Start decoding from verified blocks and token 1 of each choice that goes on."""
         request = reservation.request
+        self._arriving -= request.params.n
         length = len(request.prompt_ids)
         full = length // self.config.block_size
         arrival = self._arrive()
@@ -235,17 +243,25 @@ class Scheduler:
             count = min(seq.remaining, budget)
             chunks.append(self._chunk(seq, count))
             budget -= count
-        self.blocked = False
+        self._admit_waiting(chunks, budget)
+        copies, self._copies = tuple(self._copies), []
+        return StepPlan(self._step, tuple(chunks), copies)
+
+    def _admit_waiting(self, chunks: list[Chunk], budget: int) -> None:
+        """Start sequences in order of arrival; whoever does not fit holds up those behind it."""
+        head = self._waiting[0] if self._waiting else None
+        self._blocked = False
         while self._waiting and budget and len(self._running) < self.config.max_running:
             seq = self._waiting[0]
             if not self._admit(seq):
-                self.blocked = True
+                self._blocked = True
                 break
             count = min(seq.remaining, budget)
             chunks.append(self._chunk(seq, count))
             budget -= count
-        copies, self._copies = tuple(self._copies), []
-        return StepPlan(self._step, tuple(chunks), copies)
+        no_room = self._blocked or len(self._running) >= self.config.max_running
+        waits = no_room and head is not None and head in self._waiting[:1]
+        self._head_waits = self._head_waits + 1 if waits else 0
 
     def take_events(self) -> list[EngineEvent]:
         """What happened since the last call."""

@@ -13,6 +13,7 @@ from typing import cast
 
 from contracts.errors import (
     ClaimRefused,
+    EngineFailure,
     InvalidRequest,
     ServingError,
     Unavailable,
@@ -42,7 +43,7 @@ from engine.scheduler import EngineEvent
 from engine.sequence import Progress, Started
 from kv_transfer.digest import prompt_digest
 from kv_transfer.layout import PROTOCOL_VERSION, KvLayout, compatible
-from kv_transfer.leases import Ended, ExportTable
+from kv_transfer.leases import Ended, ExportState, ExportTable
 from kv_transfer.local import local_layout, model_hash
 from kv_transfer.nixl import NixlConnector
 from kv_transfer.params import KvTransferParams, encode_incarnation, sign
@@ -93,7 +94,7 @@ class PrefillWorker:
 
     async def start(self) -> WorkerAddress:
         """Load, register the memory, listen. Returns where routers and peers find it."""
-        parts = await self._host.start(self._on_engine_events)
+        parts = await self._host.start(self._on_engine_events, self._on_engine_failure)
         self._semantic_hash = model_hash(parts.model_digest)
         cache, model = parts.cache, parts.model
         self._layout = local_layout(
@@ -247,6 +248,9 @@ class PrefillWorker:
 
     def claim(self, claim: Claim, link: PeerSink) -> ClaimGranted:
         """Grant what D may read, once (C1, C2)."""
+        if self._exports.ended(claim.transfer_id) == "ended":
+            # Token 1 came before the claim: before the denial, so that D does not recompute.
+            link.send(Revoked(claim.transfer_id, "ended"))
         words = self._host.parts.words
         return self._exports.claim(
             claim.transfer_id,
@@ -257,8 +261,10 @@ class PrefillWorker:
         )
 
     def release(self, transfer_id: TransferId, link: PeerSink) -> None:
-        """D is done with the blocks. Idempotent; rpc acknowledges."""
-        self._finish_transfer(self._exports.release(transfer_id))
+        """D is done with the blocks: only its claimer can be (C2). Idempotent; rpc acknowledges."""
+        export = self._exports.get(transfer_id)
+        if export is not None and export.claimer == cast(Hashable, link):
+            self._finish_transfer(self._exports.release(transfer_id))
 
     def beat(self, link: PeerSink) -> None:
         """Renew all claims of the link (L2)."""
@@ -277,6 +283,16 @@ class PrefillWorker:
         if prefill is not None:
             kind = type(error).__name__ if isinstance(error, ServingError) else "EngineFailure"
             prefill.sink.send([RequestFailed(key[0], key[1], kind, str(error))])
+
+    def _on_engine_failure(self, error: BaseException) -> None:
+        """Fail what is not complete. Complete transfers stay: nothing writes their blocks now."""
+        self._draining = True
+        text = f"the engine failed: {type(error).__name__}"
+        for key, prefill in list(self._requests.items()):
+            export = self._exports.get(prefill.transfer_id) if prefill.transfer_id else None
+            if export is None or export.state is not ExportState.READY:
+                self._drop(key, "failed")
+                prefill.sink.send([RequestFailed(*key, EngineFailure.__name__, text)])
 
     def _on_engine_events(self, events: list[EngineEvent]) -> None:
         for event in events:
@@ -342,16 +358,16 @@ class PrefillWorker:
     def _tokens(self, key: Key, prefill: _Prefill, event: TokensOut) -> None:
         prefill.sink.send([event])
         prefill.num_finished += event.finish is not None
-        params = prefill.request.params
+        num_choices = prefill.request.params.n - len(prefill.request.finished)
         if not prefill.handoff:
-            if prefill.num_finished == params.n - len(prefill.request.finished):
+            if prefill.num_finished == num_choices:
                 del self._requests[key]
             return
         prefill.first_tokens.append(event)
         transfer_id = prefill.transfer_id
-        if len(prefill.first_tokens) < params.n or transfer_id is None:
+        if len(prefill.first_tokens) < num_choices or transfer_id is None:
             return
-        if prefill.num_finished == params.n:
+        if prefill.num_finished == num_choices:
             self._finish_transfer(self._exports.revoke(transfer_id, "ended"))
             return
         link = self._exports.complete(transfer_id, prefill.first_tokens)
@@ -384,10 +400,13 @@ class PrefillWorker:
     async def _keep_house(self) -> None:
         while True:
             await asyncio.sleep(_HOUSEKEEPING_S)
-            for ended in self._exports.expired():
-                log.warning("transfer %s: the lease is over", ended.transfer_id)
-                self._finish_transfer(ended)
-            self._relieve(time.monotonic())
+            try:
+                for ended in self._exports.expired():
+                    log.warning("transfer %s: the lease is over", ended.transfer_id)
+                    self._finish_transfer(ended)
+                self._relieve(time.monotonic())
+            except Exception:  # without it no lease would ever end again
+                log.exception("housekeeping")
 
     def _relieve(self, now: float) -> None:
         """Take the oldest finished, unclaimed transfer back when a prefill lacks memory (L6)."""

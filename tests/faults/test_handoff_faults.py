@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from contracts.errors import Unavailable
-from contracts.events import WorkerEvent
+from contracts.events import PathTaken, WorkerEvent
 from contracts.ids import RequestId, WorkerId, new_request_id
 from contracts.request import GenerationRequest
 from contracts.sampling import SamplingParams
@@ -131,6 +132,44 @@ async def test_a_held_read_is_quarantined_until_it_lands(
         await cluster.idle()
 
 
+@pytest.mark.parametrize("cause", ["TransferGone", "TransferFailed"])
+async def test_a_read_is_given_up_when_its_transfer_ends(
+    cluster: SplitCluster, llama: Path, monkeypatch: pytest.MonkeyPatch, cause: str
+) -> None:
+    """Revoked, or the link lost, while a read hangs: recomputed before the read's own deadline."""
+    held = asyncio.Event()
+    original = TransferThread._poll
+    polled = threading.Event()
+
+    def poll(self: TransferThread, connector: object) -> bool:
+        if self._in_flight:
+            polled.set()
+        return False if not held.is_set() else original(self, connector)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(TransferThread, "_poll", poll)
+    prompt = prompt_of(100, 15)
+    request = request_for(prompt)
+    params = await started(cluster, request)
+    answer = cluster.answers[request.request_id]
+    cluster.sessions[Role.DECODE].adopt(request, params)
+    await until(polled.is_set)
+    await cluster.until(answer, lambda: bool(answer.tokens[0]))
+    if cause == "TransferGone":
+        cluster.sessions[Role.PREFILL].abort(request.request_id, 0)
+    else:
+        assert cluster.decode._peers is not None
+        (task,) = cluster.decode._peers._opening.values()
+        await task.result().link.close()
+    await cluster.until(answer, lambda: answer.over, timeout_s=5.0)
+    assert answer.tokens[0] == greedy(llama, "llama", prompt, NEW)
+    assert (answer.path, answer.cause) == ("recomputed", cause)
+    ledger = cluster.decode.status()["ledger"]
+    assert isinstance(ledger, dict)
+    assert ledger["quarantined"] > 0
+    held.set()
+    await cluster.idle()
+
+
 @pytest.mark.parametrize("when", ["queued", "started", "adopted", "streaming"])
 async def test_an_abort_in_any_window_releases_both_sides(cluster: SplitCluster, when: str) -> None:
     params = SamplingParams(max_tokens=800, temperature=0.0)
@@ -223,6 +262,41 @@ async def test_a_decode_worker_that_is_full_refuses_at_once(llama: Path) -> None
         await cluster.idle()
 
 
+async def test_an_abort_while_reserving_gives_the_blocks_back(cluster: SplitCluster) -> None:
+    """The engine answers only after nobody waits for the reservation any more."""
+    request = request_for(prompt_of(80, 13))
+    params = await started(cluster, request)
+    answer = cluster.answers[request.request_id]
+    await cluster.until(answer, lambda: bool(answer.tokens[0]))
+    busy = threading.Event()
+    cluster.decode._host.call(lambda _: busy.wait(10))
+    try:
+        cluster.sessions[Role.DECODE].adopt(request, params)
+        await until(cluster.decode._reserving.locked)
+        cluster.sessions[Role.DECODE].abort(request.request_id, 0)
+        await until(lambda: cluster.prefill.status()["transfers"] == 0)
+    finally:
+        busy.set()
+    await cluster.idle()
+
+
+async def test_a_replay_of_several_choices_starts_once(cluster: SplitCluster, llama: Path) -> None:
+    prompt = prompt_of(30, 14)
+    truth = greedy(llama, "llama", prompt, NEW)
+    seen: list[WorkerEvent] = []
+    cluster.on_event = lambda worker, event: seen.append(event)
+    params = SamplingParams(max_tokens=NEW, temperature=0.0, n=2)
+    outputs = (tuple(truth[:3]), tuple(truth[:5]))
+    request = request_for(prompt, params=params, output_ids=outputs, attempt=1)
+    answer = cluster.expect(request)
+    answer.tokens = [list(output) for output in outputs]
+    cluster.sessions[Role.DECODE].submit(request, handoff=False)
+    await cluster.until(answer, lambda: answer.over)
+    assert answer.tokens == [truth, truth]
+    assert sum(isinstance(event, PathTaken) for event in seen) == 1
+    await cluster.idle()
+
+
 async def test_a_replay_repeats_and_loses_nothing(cluster: SplitCluster, llama: Path) -> None:
     prompt = prompt_of(45, 9)
     truth = greedy(llama, "llama", prompt, NEW)
@@ -237,3 +311,74 @@ async def test_a_replay_repeats_and_loses_nothing(cluster: SplitCluster, llama: 
     positions = [event.position for _, event in seen if hasattr(event, "position")]
     assert positions[0] == 4
     await cluster.idle()
+
+
+async def test_a_claim_after_the_end_is_no_recompute(cluster: SplitCluster, llama: Path) -> None:
+    """Token 1 ended the request before D's claim came: D has nothing to do for it."""
+    prompt = prompt_of(40, 10)
+    first = greedy(llama, "llama", prompt, 1)
+    params = SamplingParams(max_tokens=NEW, temperature=0.0, eos_token_ids=(first[0],))
+    request = replace(request_for(prompt), params=params)
+    answer = await cluster.send(replace(request, request_id=RequestId("other")), split=False)
+    assert answer.tokens[0] == first
+    kv_transfer_params = await started(cluster, request)
+    await cluster.until(cluster.answers[request.request_id], lambda: answer.over)
+    await until(lambda: cluster.prefill.status()["ended_transfers"] == {"ended": 1})
+    cluster.sessions[Role.DECODE].adopt(request, kv_transfer_params)
+    answer = cluster.answers[request.request_id]
+    await cluster.until(answer, lambda: answer.adopted is not None)
+    await cluster.idle()
+    assert cluster.decode.recompute_causes == {}
+
+
+async def test_long_prompts_are_read_in_several_calls(
+    cluster: SplitCluster, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each `read` call has a time limit, so none may be for an unbounded amount."""
+    calls: list[int] = []
+    original = TransferThread.read
+
+    async def read(self: TransferThread, peer: Any, kind: str, *rest: Any, **options: Any) -> Any:
+        result = await original(self, peer, kind, *rest, **options)  # type: ignore[arg-type]
+        calls.extend([result.num_bytes] if kind == "kv" else [])
+        return result
+
+    monkeypatch.setattr(TransferThread, "read", read)
+    monkeypatch.setattr("decode_worker.handoff._READ_BYTES", 2 * 12288)
+    prompt = prompt_of(100, 11)
+    answer = await cluster.generate(prompt, PARAMS)
+    assert answer.tokens[0] == greedy(llama, "llama", prompt, NEW)
+    assert answer.path == "remote"
+    assert max(calls) <= 2 * 12288
+    assert sum(calls) == answer.num_bytes == 7 * 12288
+    await cluster.idle()
+
+
+async def test_a_full_decode_worker_reserves_in_order_of_arrival(llama: Path) -> None:
+    """A big prompt is not overtaken without end; an abort while waiting gives the turn on."""
+    async with split_cluster(llama, decode={"kv_memory_bytes": 16 * 12288}) as cluster:
+        pool = cluster.decode._host.parts.scheduler.pool
+        held = await asyncio.wrap_future(cluster.decode._host.call(lambda _: pool.allocate(10)))
+        big, gone, small = (
+            request_for(prompt_of(length, 12 + length)) for length in (110, 100, 17)
+        )
+        for request in (big, gone, small):
+            params = await started(cluster, request)
+            answer = cluster.answers[request.request_id]
+            if request is not small:
+                cluster.sessions[Role.DECODE].adopt(request, params)
+                await cluster.until(answer, lambda: answer.adopted is not None)  # noqa: B023
+        del params
+        small_answer = cluster.answers[small.request_id]
+        cluster.sessions[Role.DECODE].adopt(small, small_answer.kv_transfer_params)
+        await cluster.until(small_answer, lambda: small_answer.adopted is not None)
+        cluster.sessions[Role.DECODE].abort(gone.request_id, 0)
+        cluster.sessions[Role.PREFILL].abort(gone.request_id, 0)
+        await until(lambda: cluster.decode.status()["requests"] == 2)
+        assert not small_answer.path
+        await asyncio.wrap_future(cluster.decode._host.call(lambda _: pool.release(held)))
+        big_answer = cluster.answers[big.request_id]
+        await cluster.until(big_answer, lambda: big_answer.over)
+        await cluster.until(small_answer, lambda: small_answer.over)
+        assert {big_answer.path, small_answer.path} == {"remote"}
+        await cluster.idle()
