@@ -90,7 +90,6 @@ class ResolvedCluster:
             prefix_caching=settings.prefix_caching,
             lease_ms=settings.lease_ms,
             read_timeout_ms=settings.read_timeout_ms,
-            quarantine_ms=settings.quarantine_ms,
             check_ledger=settings.check_ledger,
         )
 

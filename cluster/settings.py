@@ -84,7 +84,6 @@ class ClusterSettings(BaseModel):
 
     lease_ms: int = Field(default=2000, ge=100)
     read_timeout_ms: int = Field(default=10_000, ge=10)
-    quarantine_ms: int = Field(default=10_000, ge=10)
 
     cluster_key: str | None = Field(default=None, min_length=8, repr=False)
     cluster_key_file: str | None = None
