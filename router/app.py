@@ -1,5 +1,6 @@
 """The HTTP shell: routes decode, call, and encode."""
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
@@ -196,6 +197,9 @@ class _Routes:
         except (ClientGone, ClientDisconnect):
             self.service.metrics.disconnects.inc()
             return Response(status_code=_CLIENT_CLOSED)
+        except asyncio.CancelledError:  # how Ray Serve tells that the client has left
+            self.service.metrics.disconnects.inc()
+            raise
         except ServingError as error:
             return _error_response(error)
         except Exception:  # a bug of ours is still an answer

