@@ -1,12 +1,11 @@
 """The Serve application: router, prefill workers and decode workers as deployments.
 
 `build` is its import path in a Serve configuration (`import_path: cluster.serve_app:build`); `args`
-are the settings. On a cluster the RAY_SERVE_* environment of docs/operations must be set on every
-node, for HAProxy and its times cannot be chosen from here.
+are the settings. On a cluster the RAY_SERVE_* environment of cluster_configs/ray_up_*.yaml must be
+set on every node, for HAProxy and its times cannot be chosen from here.
 """
 
 import functools
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -18,9 +17,8 @@ from cluster.machine import Machine, inspect_machine
 from cluster.registry import RegistryAnnouncer, RegistryDirectory
 from cluster.resolve import ResolvedCluster, resolve
 from cluster.settings import load_settings
+from cluster.worker_deployment import WorkerDeployment
 from contracts.worker import Role, WorkerConfig
-from decode_worker.deployment import DecodeDeployment
-from prefill_worker.deployment import PrefillDeployment
 from router.config import RouterConfig
 from router.deployment import RouterDeployment
 
@@ -49,9 +47,9 @@ def build(args: dict[str, Any]) -> Application:
 def application(cluster: ResolvedCluster) -> Application:
     """The application for a resolved cluster. One `serve.run` starts all deployments at once."""
     app_name = cluster.settings.app_name
-    workers = [_workers(cluster, Role.DECODE, cluster.decode, DecodeDeployment)]
+    workers = [_workers(cluster, Role.DECODE, cluster.decode)]
     if cluster.prefill:
-        workers.append(_workers(cluster, Role.PREFILL, cluster.prefill, PrefillDeployment))
+        workers.append(_workers(cluster, Role.PREFILL, cluster.prefill))
     drain_s = _LOCAL_DRAIN_S if cluster.local else cluster.settings.router_drain_s
     router = serve.deployment(
         RouterDeployment,
@@ -91,16 +89,14 @@ async def report_failure(app_name: str, who: str, error: BaseException) -> None:
     await RegistryAnnouncer(app_name).failed(who, error)
 
 
-def _workers(
-    cluster: ResolvedCluster, role: Role, count: int, deployment: Callable[..., Any]
-) -> Application:
+def _workers(cluster: ResolvedCluster, role: Role, count: int) -> Application:
     settings = cluster.settings
     drain_s = _LOCAL_DRAIN_S if cluster.local else settings.drain_timeout_s
     options: dict[str, float] = {"num_cpus": 0.1 if cluster.local else settings.worker_cpus}
     if cluster.worker_gpus:
         options["num_gpus"] = cluster.worker_gpus
     shell = serve.deployment(
-        deployment,
+        WorkerDeployment,
         name=_WORKER_NAMES[role],
         num_replicas=count,
         ray_actor_options=options,
@@ -110,6 +106,7 @@ def _workers(
         health_check_timeout_s=10,
     )
     return shell.bind(
+        role,
         functools.partial(configure, cluster, role),
         functools.partial(RegistryAnnouncer, settings.app_name),
         drain_s,

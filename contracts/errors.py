@@ -20,8 +20,6 @@ ServingError
 class ServingError(Exception):
     """Base of everything that is raised on purpose."""
 
-    retryable = False
-
 
 class InvalidRequest(ServingError):
     """The request can never succeed as it is."""
@@ -42,8 +40,6 @@ class NotFound(ServingError):
 class Overloaded(ServingError):
     """Correct request, wrong moment."""
 
-    retryable = True
-
     def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
@@ -52,13 +48,9 @@ class Overloaded(ServingError):
 class Unavailable(ServingError):
     """Nobody can serve this now: no worker, a lost worker, or one that drains."""
 
-    retryable = True
-
 
 class HandoffError(ServingError):
     """A KV handoff did not succeed. D recomputes the prompt."""
-
-    retryable = True
 
 
 class TransferGone(HandoffError):
@@ -79,8 +71,6 @@ class TransferFailed(HandoffError):
 
 class OutOfBlocks(ServingError):
     """The pool cannot give `wanted` blocks; the pool is unchanged."""
-
-    retryable = True
 
     def __init__(self, wanted: int, available: int) -> None:
         super().__init__(f"{wanted} KV blocks wanted, {available} available")

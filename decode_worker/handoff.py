@@ -41,7 +41,7 @@ from decode_worker.peers import Peer, PeerTable, TransferMessage
 from engine.host import EngineHost
 from engine.sequence import Reservation, blocks_for
 from kv_transfer.layout import WORD_BYTES, Region, coalesce, slices
-from kv_transfer.params import KvTransferParams
+from kv_transfer.params import KvTransferParams, decode_incarnation
 from kv_transfer.transfer_thread import TransferThread
 
 log = logging.getLogger(__name__)
@@ -136,6 +136,8 @@ class Handoff:
 
     async def _claim(self) -> None:
         self._peer = await self.peers.peer(self.params.peer_address)
+        if self._peer.link.remote.incarnation != decode_incarnation(self.params.incarnation):
+            raise TransferGone("P has restarted since it gave the params")
         transfer_id = self.params.transfer_id
         self.peers.listen(self._peer, transfer_id, self._on_message)
         self._peer.link.send(Claim(transfer_id, secrets.token_hex(16), self.digest))

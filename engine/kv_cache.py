@@ -12,8 +12,6 @@ from dataclasses import dataclass
 
 import torch
 
-from contracts.errors import ConfigurationError
-
 
 @dataclass(frozen=True, slots=True)
 class KvSpec:
@@ -65,20 +63,6 @@ class KvCache:
         panels = self.tensor.view(-1, spec.block_size * row)
         self._rows = [rows[index * spec.block_size :] for index in range(2 * spec.num_layers)]
         self._panels = [panels[index:] for index in range(2 * spec.num_layers)]
-
-    @classmethod
-    def sized(cls, spec: KvSpec, memory_bytes: int, device: torch.device) -> "KvCache":
-        """As many blocks as fit into `memory_bytes`.
-
-        Raises:
-            ConfigurationError: not even one block fits.
-        """
-        num_blocks = spec.blocks_in(memory_bytes)
-        if num_blocks < 1:
-            raise ConfigurationError(
-                f"{memory_bytes} bytes of KV memory hold no block of {spec.bytes_per_block} bytes"
-            )
-        return cls(spec, num_blocks, device)
 
     @property
     def base_address(self) -> int:

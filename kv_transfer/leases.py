@@ -208,11 +208,6 @@ class ExportTable:
         ends = [self._end(transfer_id, "expired") for transfer_id in over]
         return [end for end in ends if end is not None]
 
-    def next_deadline(self) -> float | None:
-        """When `expired` may next have something to say."""
-        deadlines = [r.deadline for r in self._live.values() if r.deadline is not None]
-        return min(deadlines, default=None)
-
     def unclaimed(self) -> list[TransferId]:
         """Live transfers that nobody has claimed, oldest first: the first to revoke (L6)."""
         return [record.transfer_id for record in self._live.values() if record.nonce is None]

@@ -417,9 +417,10 @@ class PrefillWorker:
             self._blocked_since = now
         if now - self._blocked_since < _REVOKE_AFTER_S:
             return
-        for export in self._exports:
-            if not export.claimed and export.ready_tokens == export.num_tokens:
-                self._finish_transfer(self._exports.revoke(export.transfer_id, "pressure"))
+        for transfer_id in self._exports.unclaimed():
+            export = self._exports.get(transfer_id)
+            if export is not None and export.ready_tokens == export.num_tokens:
+                self._finish_transfer(self._exports.revoke(transfer_id, "pressure"))
                 self._blocked_since = now
                 return
 

@@ -1,6 +1,6 @@
 """Where the addresses of the workers come from."""
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from typing import Protocol
 
 from contracts.worker import WorkerAddress
@@ -12,14 +12,3 @@ class WorkerDirectory(Protocol):
     def watch(self) -> AsyncIterator[tuple[WorkerAddress, ...]]:
         """Yield the whole current list, and again on each change. May end: the last one stays."""
         ...
-
-
-class StaticDirectory:
-    """A fixed list of addresses."""
-
-    def __init__(self, addresses: Iterable[WorkerAddress]) -> None:
-        self._addresses = tuple(addresses)
-
-    async def watch(self) -> AsyncIterator[tuple[WorkerAddress, ...]]:
-        """Yield the list once."""
-        yield self._addresses

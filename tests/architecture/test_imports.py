@@ -60,8 +60,6 @@ def test_import_linter() -> None:
             (
                 "cluster/",
                 "router/deployment.py",
-                "prefill_worker/deployment.py",
-                "decode_worker/deployment.py",
             ),
         ),
         pytest.param("torch", ("engine/", "kv_transfer/", "prefill_worker/", "decode_worker/")),

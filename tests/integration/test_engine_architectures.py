@@ -122,8 +122,7 @@ def stock(folder: Path, attention: str) -> Any:
 
 
 def runner_of(model: LoadedModel, backend: SdpaBackend | None = None) -> ModelRunner:
-    memory = 64 * model.kv_spec(BLOCK).bytes_per_block
-    kv = KvCache.sized(model.kv_spec(BLOCK), memory, model.device)
+    kv = KvCache(model.kv_spec(BLOCK), 64, model.device)
     return ModelRunner(model, kv, backend or select_backend(model.device))
 
 

@@ -1,9 +1,7 @@
 """The KV cache's memory layout, on which handoffs rely."""
 
-import pytest
 import torch
 
-from contracts.errors import ConfigurationError
 from engine.kv_cache import KvCache, KvSpec
 
 SPEC = KvSpec(num_layers=3, num_kv_heads=2, head_dim=4, block_size=5, dtype=torch.float32)
@@ -25,9 +23,8 @@ def test_starts_at_zero() -> None:
 
 
 def test_memory_decides_the_number_of_blocks() -> None:
-    assert KvCache.sized(SPEC, 3 * SPEC.bytes_per_block + 7, CPU).num_blocks == 3
-    with pytest.raises(ConfigurationError, match="hold no block"):
-        KvCache.sized(SPEC, SPEC.bytes_per_block - 1, CPU)
+    assert SPEC.blocks_in(3 * SPEC.bytes_per_block + 7) == 3
+    assert SPEC.blocks_in(SPEC.bytes_per_block - 1) == 0
 
 
 def test_writes_land_in_their_layer_and_slot_alone() -> None:

@@ -6,9 +6,9 @@ from contracts.ids import Incarnation, RequestId, WorkerId
 from contracts.request import GenerationRequest
 from contracts.sampling import SamplingParams
 from contracts.worker import Role, WorkerAddress
-from router.directory import StaticDirectory
 from router.workers import WorkerPool
 from tests.support.fake_worker import FakeCluster, FakeWorker, until
+from tests.support.static_directory import StaticDirectory
 
 REQUEST = GenerationRequest(RequestId("r"), (1, 2, 3), SamplingParams(max_tokens=2))
 

@@ -1,4 +1,4 @@
-"""The prefill worker as a Serve deployment: a thin shell that starts, announces, drains.
+"""A worker of either role as a Serve deployment: a thin shell that starts, announces, drains.
 
 No request passes through Serve; it places the worker, watches its health and ends it.
 """
@@ -10,7 +10,8 @@ from typing import Protocol
 import ray
 from ray import serve
 
-from contracts.worker import WorkerAddress, WorkerConfig
+from contracts.events import WorkerLoad
+from contracts.worker import Role, WorkerAddress, WorkerConfig
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +38,46 @@ class Announcer(Protocol):
         ...
 
 
-class PrefillDeployment:
+class Worker(Protocol):
+    """What the shell needs of prefill_worker.worker and decode_worker.worker."""
+
+    async def start(self) -> WorkerAddress:
+        """Load and listen."""
+        ...
+
+    def assert_pulse(self) -> None:
+        """Raise EngineFailure if the engine is dead or stuck."""
+        ...
+
+    def load(self) -> WorkerLoad:
+        """Queue and memory."""
+        ...
+
+    async def drain(self, timeout_s: float) -> None:
+        """Admit nothing more and let what runs end."""
+        ...
+
+    async def close(self) -> None:
+        """End. Idempotent."""
+        ...
+
+
+def make_worker(config: WorkerConfig) -> Worker:
+    """The worker of `config.role`. Imports torch: 3 s, which the controller need not spend."""
+    if config.role is Role.PREFILL:
+        from prefill_worker.worker import PrefillWorker
+
+        return PrefillWorker(config)
+    from decode_worker.worker import DecodeWorker
+
+    return DecodeWorker(config)
+
+
+class WorkerDeployment:
     """One replica: one worker.
 
     Args:
+        role: which worker it is.
         configure: gives the worker's configuration for (worker id, this node's IP address).
         announcer: makes this replica's announcer.
         graceful_timeout_s: the deployment's `graceful_shutdown_timeout_s`; Serve kills after it.
@@ -48,6 +85,7 @@ class PrefillDeployment:
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self,
+        role: Role,
         configure: Callable[[str, str], WorkerConfig],
         announcer: Callable[[], Announcer],
         graceful_timeout_s: float,
@@ -56,13 +94,11 @@ class PrefillDeployment:
         self._drain_s = max(0.0, graceful_timeout_s - _CLOSE_S)
         worker_id = serve.get_replica_context().replica_id.unique_id
         try:
-            from prefill_worker.worker import PrefillWorker  # torch: 3 s, not for the controller
-
             config = configure(worker_id, ray.util.get_node_ip_address())
-            self._worker = PrefillWorker(config)
+            self._worker = make_worker(config)
             address = await self._worker.start()
         except Exception as error:
-            await self._announcer.failed("prefill worker", error)
+            await self._announcer.failed(f"{role} worker", error)
             await self.close()
             raise
         await self._announcer.announce(address)
