@@ -108,11 +108,10 @@ class Scheduler:
         outputs = [request.output_ids[i] if request.output_ids else () for i in alive]
         if export and any(outputs):
             raise InvalidRequest("a prefill for a handoff cannot bring output tokens")
-        parts: list[tuple[tuple[int, ...], tuple[int, ...]]] = [
-            (alive, ())
-        ]  # choices, their output
-        if any(outputs):
-            parts = [((choice,), out) for choice, out in zip(alive, outputs, strict=True)]
+        # A fresh request is one sequence until its first draw, a replayed one a sequence a choice.
+        parts = (
+            [(alive, ())] if not any(outputs) else [((c,), outputs[i]) for i, c in enumerate(alive)]
+        )
         for choices, output in parts:
             seq = self._new(request, choices, [*request.prompt_ids, *output], arrival)
             seq.export = export
