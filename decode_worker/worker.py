@@ -39,14 +39,13 @@ from kv_transfer.digest import prompt_digest
 from kv_transfer.layout import PROTOCOL_VERSION, MemoryRegion
 from kv_transfer.local import local_layout, model_hash
 from kv_transfer.nixl import NixlConnector
-from kv_transfer.params import decode_and_verify
+from kv_transfer.params import HANDOFF_SCOPE, decode_and_verify
 from kv_transfer.transfer_thread import TransferThread
 from rpc.server import RpcServer
 from rpc.session_server import SessionSink
 
 log = logging.getLogger(__name__)
 
-HANDOFF_SCOPE = "handoff"  # what the mac of kv_transfer_params is bound to beyond its fields
 Key = tuple[RequestId, int]  # request and attempt
 
 

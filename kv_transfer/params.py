@@ -24,6 +24,7 @@ from contracts.ids import Incarnation, TransferId
 from kv_transfer.layout import PROTOCOL_VERSION
 
 MAX_TEXT_BYTES = 1 << 20
+HANDOFF_SCOPE = "handoff"  # `scope` of params that go from a P by a router to a D
 _DOMAIN = b"baton kv_transfer_params 1"
 
 

@@ -46,7 +46,7 @@ from kv_transfer.layout import PROTOCOL_VERSION, KvLayout, compatible
 from kv_transfer.leases import Ended, ExportState, ExportTable
 from kv_transfer.local import local_layout, model_hash
 from kv_transfer.nixl import NixlConnector
-from kv_transfer.params import KvTransferParams, encode_incarnation, sign
+from kv_transfer.params import HANDOFF_SCOPE, KvTransferParams, encode_incarnation, sign
 from kv_transfer.transfer_thread import TransferThread
 from rpc.peer_server import PeerSink
 from rpc.server import RpcServer
@@ -54,7 +54,6 @@ from rpc.session_server import SessionSink
 
 log = logging.getLogger(__name__)
 
-HANDOFF_SCOPE = "handoff"  # what the mac of kv_transfer_params is bound to beyond its fields
 _HOUSEKEEPING_S = 0.1
 _REVOKE_AFTER_S = 0.5  # L6
 Key = tuple[RequestId, int]  # request and attempt

@@ -16,8 +16,7 @@ from contracts.worker import Role
 from decode_worker.peers import TransferMessage
 from engine.host import ModelComputer
 from engine.plan import Sampled, StepPlan
-from kv_transfer.params import KvTransferParams, decode_and_verify
-from prefill_worker.worker import HANDOFF_SCOPE
+from kv_transfer.params import HANDOFF_SCOPE, KvTransferParams, decode_and_verify
 from tests.support.reference import greedy
 from tests.support.split_cluster import KEY, SplitCluster, split_cluster
 from tests.support.tiny_models import build_tiny
