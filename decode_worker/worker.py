@@ -35,9 +35,9 @@ from decode_worker.peers import PeerTable
 from engine.host import EngineHost
 from engine.scheduler import EngineEvent
 from engine.sequence import Progress, Started, blocks_for
-from kv_transfer.digest import prompt_digest
+from kv_transfer.digest import prompt_digest, semantic_hash
 from kv_transfer.layout import PROTOCOL_VERSION, MemoryRegion
-from kv_transfer.local import local_layout, model_hash
+from kv_transfer.local import local_layout
 from kv_transfer.nixl import NixlConnector
 from kv_transfer.params import HANDOFF_SCOPE, decode_and_verify
 from kv_transfer.transfer_thread import TransferThread
@@ -95,24 +95,12 @@ class DecodeWorker:
     async def start(self) -> WorkerAddress:
         """Load, register the memory, listen. Returns where routers find it."""
         parts = await self._host.start(self._on_engine_events, self._on_engine_failure)
-        self._semantic_hash = model_hash(parts.model_digest)
-        cache, model = parts.cache, parts.model
-        layout = local_layout(
-            dtype=str(model.dtype),
-            block_size=self._config.block_size,
-            base_address=cache.base_address,
-            bytes_per_block=cache.bytes_per_block,
-            num_blocks=cache.num_blocks,
-            words_address=parts.words.address,
-            num_layers=model.num_layers,
-            num_kv_heads=model.num_kv_heads,
-            head_dim=model.head_dim,
-            device_index=(model.device.index or 0) if model.device.type == "cuda" else None,
-        )
+        self._semantic_hash = semantic_hash(parts.model_digest)
+        layout = local_layout(parts.memory)
         name = f"{self._config.worker_id}-{self._incarnation:x}"
         self._transfers = TransferThread(lambda: NixlConnector(name))
         await self._transfers.start()
-        self._landing = np.zeros(cache.num_blocks, dtype=np.uint64)
+        self._landing = np.zeros(parts.cache.num_blocks, dtype=np.uint64)
         words = MemoryRegion(int(self._landing.ctypes.data), int(self._landing.nbytes))
         await self._transfers.register(layout.rank.kv_region, words)
         hello = PeerHello(

@@ -14,6 +14,7 @@ import torch
 
 from contracts.errors import ConfigurationError
 from contracts.ids import Incarnation
+from contracts.memory import KvMemory
 from contracts.worker import WorkerConfig, WorkerInfo
 from engine.attention.select import select_backend
 from engine.block_pool import BlockPool, Ledger
@@ -70,6 +71,23 @@ class EngineParts:
     backend_name: str
     max_model_len: int
     model_digest: dict[str, str]  # what P and D must agree on, by name
+
+    @property
+    def memory(self) -> KvMemory:
+        """What a connector registers and peers read."""
+        device = self.model.device
+        return KvMemory(
+            dtype=str(self.model.dtype),
+            block_size=self.cache.block_size,
+            base_address=self.cache.base_address,
+            bytes_per_block=self.cache.bytes_per_block,
+            num_blocks=self.cache.num_blocks,
+            words_address=self.words.address,
+            num_layers=self.model.num_layers,
+            num_kv_heads=self.model.num_kv_heads,
+            head_dim=self.model.head_dim,
+            device_index=(device.index or 0) if device.type == "cuda" else None,
+        )
 
 
 def build(config: WorkerConfig, incarnation: Incarnation) -> tuple[EngineParts, ModelComputer]:
