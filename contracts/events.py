@@ -23,8 +23,34 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptLogprob:
+    """A prompt token's natural-log probability, its rank (1 is best) and the best, best first."""
+
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptScores:
+    """Log-probabilities of the prompt tokens at `position` and after; the first token has none.
+
+    A prompt that is computed again repeats them.
+    """
+
+    request_id: RequestId
+    attempt: int
+    position: int
+    entries: tuple[PromptLogprob, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class TokensOut:
-    """New tokens of one choice. `position` is that of the first of them (0 = first output)."""
+    """New tokens of one choice. `position` is that of the first of them (0 = first output).
+
+    Beams say nothing until all are known: then one message a choice, best first, with `finish`.
+    What P found for them comes as position 0 of choice 0, with the candidates as its `logprobs`.
+    """
 
     request_id: RequestId
     attempt: int
@@ -82,9 +108,10 @@ class RequestFailed:
     attempt: int
     kind: str
     message: str
+    param: str = ""  # the request's field that is at fault, if one is
 
 
-WorkerEvent = TokensOut | PrefillStarted | Adopted | PathTaken | RequestFailed
+WorkerEvent = TokensOut | PromptScores | PrefillStarted | Adopted | PathTaken | RequestFailed
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,3 +67,4 @@ class WorkerConfig:
     lease_ms: int = 2000
     read_timeout_ms: int = 10_000  # D gives a silent read up and recomputes
     check_ledger: bool = False  # assert the ledger after every step (tests)
+    logits_processor_pattern: str = ""  # names of allowed logits processors match it; empty: none

@@ -38,7 +38,9 @@ from contracts.handoff import (
 )
 from contracts.request import GenerationRequest
 from decode_worker.peers import Peer, PeerTable, TransferMessage
-from engine.host import EngineHost
+from decode_worker.turns import Line
+from engine.guide import Guide
+from engine.host import EngineHost, needs_guide
 from engine.sequence import Reservation, blocks_for
 from kv_transfer.layout import WORD_BYTES, Region, coalesce, slices
 from kv_transfer.params import KvTransferParams, decode_incarnation
@@ -64,6 +66,14 @@ class HandoffEnded(Exception):
     """P says that there is nothing to decode."""
 
 
+class NotPrepared(Exception):
+    """The request cannot run here, whatever its prompt's KV: `cause` says why."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
 @dataclass(frozen=True, slots=True)
 class HandoffStats:
     """What a handoff moved."""
@@ -87,8 +97,9 @@ class _Posting:
 class Handoff:
     """Drives one transfer; `run` ends in a joined sequence or in a HandoffError.
 
-    `landing` is this worker's table of words read from peers, slot = local block id. `turn` is
-    one for all handoffs of this worker: they reserve in order of arrival.
+    `landing` is this worker's table of words read from peers, slot = local block id. `line` is
+    one for all handoffs of this worker: they reserve in order of priority, then arrival. The
+    request's grammar and processors are prepared meanwhile.
     """
 
     request: GenerationRequest
@@ -98,12 +109,14 @@ class Handoff:
     peers: PeerTable
     transfers: TransferThread
     landing: npt.NDArray[np.uint64]
-    turn: asyncio.Lock
+    line: Line
     block_size: int
     read_timeout_s: float
     state: HandoffState = HandoffState.WAIT
     first_tokens: tuple[TokensOut, ...] = ()
+    guide: Guide | None = None
     stats: HandoffStats = field(default_factory=HandoffStats)
+    _preparing: "asyncio.Task[None] | None" = None
     _peer: Peer | None = None
     _grant: ClaimGranted | None = None
     _ready_tokens: int = 0
@@ -119,20 +132,44 @@ class Handoff:
         Raises:
             HandoffError: nothing was adopted; recompute (with `first_tokens` if known).
             HandoffEnded: token 1 ended every choice.
+            NotPrepared: the request fails.
         """
         try:
+            if needs_guide(self.request.params):
+                self._preparing = asyncio.create_task(self._prepare(), name="baton-prepare")
             await self._claim()
             await self._reserve()
             await self._read_all()
             await self._until(lambda: bool(self.first_tokens), "token 1 did not come in time")
             await self._verify()
             self._release_peer()
+            await self.prepared()
             joined(self)
             await self._join()
         finally:
             self._give_back()
 
+    async def prepared(self) -> None:
+        """Wait until `guide` is what the request needs. Raises NotPrepared."""
+        if self._preparing is not None:
+            await self._preparing
+
+    async def close(self) -> None:
+        """End the preparation if it still runs; after `run`."""
+        if self._preparing is not None:
+            self._preparing.cancel()
+            await asyncio.gather(self._preparing, return_exceptions=True)
+
     # -- the steps --------------------------------------------------------------------------
+
+    async def _prepare(self) -> None:
+        try:
+            self.guide = await self.host.prepare(self.request)
+        except Exception as error:
+            failure = NotPrepared(error)
+            self._fail(failure)
+            self._changed.set()
+            raise failure from error
 
     async def _claim(self) -> None:
         self._peer = await self.peers.peer(self.params.peer_address)
@@ -152,8 +189,9 @@ class Handoff:
     async def _reserve(self) -> None:
         deadline = time.monotonic() + self.read_timeout_s
         keys: list[bytes] = []
-        async with self.turn:  # so a big prompt does not starve behind small ones (M7)
-            while self._reservation is None:
+        with self.line.turn(self.request.priority) as turn:
+            while self._reservation is None:  # a big prompt does not starve behind small ones (M7)
+                await turn.come()
                 self._raise_failure()
                 asked = self.host.call(lambda scheduler: scheduler.reserve(self.request, keys))
                 try:
@@ -253,10 +291,10 @@ class Handoff:
             )
 
     async def _join(self) -> None:
-        reservation, first = self._reserved(), self.first_tokens
+        reservation, first, guide = self._reserved(), self.first_tokens, self.guide
         self._reservation = None  # the engine's from here on
         self.state = HandoffState.RUN
-        adopted = self.host.call(lambda scheduler: scheduler.adopt(reservation, first))
+        adopted = self.host.call(lambda scheduler: scheduler.adopt(reservation, first, guide))
         await asyncio.shield(asyncio.wrap_future(adopted))
 
     # -- ends -------------------------------------------------------------------------------

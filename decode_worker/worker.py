@@ -16,6 +16,7 @@ from contracts.errors import (
     EngineFailure,
     InvalidRequest,
     ServingError,
+    TransferGone,
     Unavailable,
 )
 from contracts.events import (
@@ -30,9 +31,12 @@ from contracts.handoff import PeerHello
 from contracts.ids import Incarnation, RequestId, new_incarnation
 from contracts.request import GenerationRequest
 from contracts.worker import WorkerAddress, WorkerConfig, WorkerInfo
-from decode_worker.handoff import Handoff, HandoffEnded
+from decode_worker.handoff import Handoff, HandoffEnded, NotPrepared
 from decode_worker.peers import PeerTable
-from engine.host import EngineHost
+from decode_worker.turns import Line
+from engine.guide import Guide
+from engine.host import EngineHost, needs_guide
+from engine.preparations import Preparations
 from engine.scheduler import EngineEvent
 from engine.sequence import Progress, Started, blocks_for
 from kv_transfer.digest import prompt_digest, semantic_hash
@@ -41,6 +45,7 @@ from kv_transfer.local import local_layout
 from kv_transfer.nixl import NixlConnector
 from kv_transfer.params import HANDOFF_SCOPE, decode_and_verify
 from kv_transfer.transfer_thread import TransferThread
+from rpc.errors import failed
 from rpc.server import RpcServer
 from rpc.session_server import SessionSink
 
@@ -85,7 +90,8 @@ class DecodeWorker:
         self._transfers: TransferThread | None = None
         self._peers: PeerTable | None = None
         self._server: RpcServer | None = None
-        self._reserving = asyncio.Lock()  # handoffs reserve one after the other
+        self._reserving = Line()  # handoffs reserve one after the other
+        self._preparations = Preparations(self._host, config.max_waiting)
         self._draining = False
         self.totals = HandoffTotals()
         self.recompute_causes: dict[str, int] = {}
@@ -143,6 +149,7 @@ class DecodeWorker:
         for key in list(self._requests):
             self.abort(*key)
         await asyncio.gather(*handoffs, return_exceptions=True)
+        await self._preparations.close()
         if self._server is not None:
             await self._server.stop(0.5)
             self._server = None
@@ -162,17 +169,31 @@ class DecodeWorker:
         return self._info
 
     def load(self) -> WorkerLoad:
-        """What rides on every frame; pending handoffs count as waiting."""
+        """What rides on every frame; what is not yet in the engine counts as waiting."""
         load = self._host.engine.load
         pending = sum(1 for decode in self._requests.values() if decode.handoff is not None)
-        return replace(load, waiting=load.waiting + pending, draining=self._draining)
+        waiting = load.waiting + pending + len(self._preparations)
+        return replace(load, waiting=waiting, draining=self._draining)
 
     def submit(self, request: GenerationRequest, handoff: bool, sink: SessionSink) -> None:
         """Compute a request from its prompt (path `local`), or go on with a replayed one."""
         if handoff:
             raise InvalidRequest("a decode worker does not export prefills")
-        decode = self._admit(request, sink, "local")
-        self._add(decode, request)
+        key = (request.request_id, request.attempt)
+        self._admit(request, sink, "local")
+        if not needs_guide(request.params):
+            self._add(request, None)
+            return
+        try:
+            self._preparations.start(
+                key,
+                request,
+                lambda guide: self._add(request, guide),
+                lambda error: self._fail(key, error),
+            )
+        except ServingError:
+            del self._requests[key]
+            raise
 
     def adopt(self, request: GenerationRequest, kv_transfer_params: str, sink: SessionSink) -> None:
         """Accept or refuse a handoff at once (M6), then pull it while P computes."""
@@ -198,7 +219,7 @@ class DecodeWorker:
             peers=self._peers,
             transfers=self._transfers,
             landing=self._landing,
-            turn=self._reserving,
+            line=self._reserving,
             block_size=self._config.block_size,
             read_timeout_s=self._config.read_timeout_ms / 1000,
         )
@@ -212,6 +233,7 @@ class DecodeWorker:
             return
         if decode.handoff is not None:
             decode.handoff.cancel()  # its blocks are given back on the way out
+        self._preparations.cancel((request_id, attempt))
         self._host.call(lambda scheduler: scheduler.abort(request_id, attempt))
 
     def session_lost(self, sink: SessionSink) -> None:
@@ -274,10 +296,10 @@ class DecodeWorker:
         self._requests[key] = decode
         return decode
 
-    def _add(self, decode: _Decode, request: GenerationRequest) -> None:
+    def _add(self, request: GenerationRequest, guide: Guide | None) -> None:
         key = (request.request_id, request.attempt)
         loop = asyncio.get_running_loop()
-        added = self._host.call(lambda scheduler: scheduler.add(request, export=False))
+        added = self._host.call(lambda scheduler: scheduler.add(request, export=False, guide=guide))
         added.add_done_callback(
             lambda done: loop.call_soon_threadsafe(self._added, key, done.exception())
         )
@@ -289,8 +311,7 @@ class DecodeWorker:
     def _fail(self, key: Key, error: BaseException) -> None:
         decode = self._requests.pop(key, None)
         if decode is not None:
-            kind = type(error).__name__ if isinstance(error, ServingError) else "EngineFailure"
-            decode.sink.send([RequestFailed(key[0], key[1], kind, str(error))])
+            decode.sink.send([failed(*key, error)])
 
     async def _pull(self, decode: _Decode, handoff: Handoff) -> None:
         """A handoff's task: ends with the sequence in the engine, by either path."""
@@ -299,18 +320,27 @@ class DecodeWorker:
         try:
             try:
                 await handoff.run(lambda done: self._joined(decode, done))
+            except NotPrepared:
+                raise
             except HandoffEnded:
-                self._requests.pop(key, None)
+                if not request.redraw:
+                    self._requests.pop(key, None)
+                    return
+                # P's own token 1 ended it, which says nothing of the one drawn here.
+                await self._recompute(decode, handoff, TransferGone("P took it back: ended"))
             except Exception as error:
                 if not isinstance(error, ServingError):
                     log.exception("request %s: a handoff met a fault of ours", request.request_id)
-                self._recompute(decode, handoff, error)
+                await self._recompute(decode, handoff, error)
+        except NotPrepared as error:
+            self._fail(key, error.cause)
         except Exception as error:
             log.exception("request %s: the recompute could not begin", request.request_id)
             self._fail(key, error)
         finally:
             decode.handoff = None
             decode.need_blocks = 0
+            await handoff.close()
 
     def _joined(self, decode: _Decode, handoff: Handoff) -> None:
         request, stats, totals = decode.request, handoff.stats, self.totals
@@ -327,10 +357,11 @@ class DecodeWorker:
             num_descriptors=stats.num_descriptors,
             read_s=stats.read_s,
         )
-        decode.num_finished += sum(tokens.finish is not None for tokens in handoff.first_tokens)
-        decode.sink.send([taken, *handoff.first_tokens])
+        first = _told(request, handoff)
+        decode.num_finished += sum(tokens.finish is not None for tokens in first)
+        decode.sink.send([taken, *first])
 
-    def _recompute(self, decode: _Decode, handoff: Handoff, error: Exception) -> None:
+    async def _recompute(self, decode: _Decode, handoff: Handoff, error: Exception) -> None:
         """The handoff failed: compute the prompt here, going on from token 1 if it is known."""
         cause = type(error).__name__
         self.totals.recomputed += 1
@@ -341,7 +372,7 @@ class DecodeWorker:
         events: list[PathTaken | TokensOut] = [
             PathTaken(request.request_id, request.attempt, "recomputed", cause)
         ]
-        first = handoff.first_tokens
+        first = _told(request, handoff)
         if first:
             ended = tuple(tokens.choice for tokens in first if tokens.finish is not None)
             finished = request.finished + ended
@@ -352,7 +383,8 @@ class DecodeWorker:
             decode.num_finished = len(finished)
             events += first
         decode.sink.send(events)
-        self._add(decode, request)
+        await handoff.prepared()
+        self._add(request, handoff.guide)
 
     def _on_engine_failure(self, error: BaseException) -> None:
         """Fail all requests: none of them will get another token here."""
@@ -361,6 +393,7 @@ class DecodeWorker:
         for key, decode in list(self._requests.items()):
             if decode.handoff is not None:
                 decode.handoff.cancel()
+            self._preparations.cancel(key)
             self._fail(key, failure)
 
     def _on_engine_events(self, events: list[EngineEvent]) -> None:
@@ -376,7 +409,14 @@ class DecodeWorker:
                     decode.sink.send([PathTaken(*key, "local")])
                 continue
             decode.sink.send([event])
-            if event.finish is not None:
+            if isinstance(event, RequestFailed):
+                del self._requests[key]
+            elif isinstance(event, TokensOut) and event.finish is not None:
                 decode.num_finished += 1
                 if decode.num_finished == decode.request.params.n:
                     del self._requests[key]
+
+
+def _told(request: GenerationRequest, handoff: Handoff) -> tuple[TokensOut, ...]:
+    """P's first tokens, if they are part of the answer: those of beams are candidates only."""
+    return () if request.redraw or request.params.beam else handoff.first_tokens

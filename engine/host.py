@@ -12,20 +12,26 @@ from typing import TypeVar
 
 import torch
 
-from contracts.errors import ConfigurationError
+from contracts.errors import ConfigurationError, Overloaded
 from contracts.ids import Incarnation
 from contracts.memory import KvMemory
+from contracts.request import GenerationRequest
+from contracts.sampling import SamplingParams
 from contracts.worker import WorkerConfig, WorkerInfo
 from engine.attention.select import select_backend
 from engine.block_pool import BlockPool, Ledger
 from engine.generations import GenerationWords
+from engine.grammar import GrammarCompiler
+from engine.guide import Guide
 from engine.kv_cache import KvCache
 from engine.loop import Engine
 from engine.model import LoadedModel, load_model
-from engine.plan import Sampled, StepPlan
+from engine.plan import Chunk, SampleSlot, StepPlan, StepResult
 from engine.probe import probe
+from engine.processors import resolve
 from engine.runner import ModelRunner
-from engine.sampler import sample
+from engine.sampler import prompt_scores, sample
+from engine.sampling_state import SamplingStates
 from engine.scheduler import EngineEvent, Scheduler, SchedulerConfig
 
 T = TypeVar("T")
@@ -40,24 +46,48 @@ def package_version() -> str:
         return "0+source"
 
 
+def needs_guide(params: SamplingParams) -> bool:
+    """Whether something must be prepared before a request may run (see `EngineHost.prepare`)."""
+    return params.grammar is not None or bool(params.processors)
+
+
 class ModelComputer:
-    """Computes a plan with a model: forward, then the draws."""
+    """Computes a plan with a model: forward, then the scores and the draws."""
 
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
+        self._states = SamplingStates()
 
-    def compute(self, plan: StepPlan) -> list[Sampled]:
-        """One token for each slot, in plan order; returns when the device has finished."""
+    def compute(self, plan: StepPlan) -> StepResult:
+        """Draws and scores, in plan order; returns when the device has finished."""
+        slots: list[SampleSlot] = []
+        rows: list[int] = []  # of each slot
+        scored: list[tuple[Chunk, int]] = []  # with the first of its rows
+        row = 0
+        for chunk in plan.chunks:  # rows as in `rows_of`
+            if chunk.scored is not None:
+                scored.append((chunk, row))
+            row += len(chunk.scored_ids)
+            if chunk.slots:
+                slots += chunk.slots
+                rows += [row] * len(chunk.slots)
+                row += 1
         with torch.inference_mode():
             logits = self._runner.forward(plan)
-            drawn = [chunk.slots for chunk in plan.chunks if chunk.slots]
-            slots = [slot for row in drawn for slot in row]
-            if not slots:
-                if logits.is_cuda:
-                    torch.cuda.current_stream().synchronize()  # F2: complete before announced
-                return []
-            rows = [index for index, row in enumerate(drawn) for _ in row]
-            return sample(logits, rows, slots)
+            scores = tuple(
+                prompt_scores(
+                    logits[first : first + len(chunk.scored_ids)],
+                    chunk.scored_ids,
+                    chunk.scored or 0,
+                )
+                for chunk, first in scored
+            )
+            if slots:
+                drawn = sample(logits, rows, slots, self._states)
+                return StepResult(tuple(drawn), scores)
+            if logits.is_cuda:
+                torch.cuda.current_stream().synchronize()  # F2: complete before announced
+            return StepResult((), scores)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +190,7 @@ class EngineHost:
         self._incarnation = incarnation
         self._engine: Engine | None = None
         self._parts: EngineParts | None = None
+        self._grammars: GrammarCompiler | None = None
 
     async def start(
         self,
@@ -179,6 +210,10 @@ class EngineHost:
 
         parts, computer = await asyncio.to_thread(build, self._config, self._incarnation)
         self._parts = parts
+        model = parts.model
+        self._grammars = GrammarCompiler(
+            model.folder / "tokenizer.json", model.vocab_size, model.eos_token_ids
+        )
         self._engine = Engine(
             parts.scheduler, computer, deliver, report, check_ledger=self._config.check_ledger
         )
@@ -200,6 +235,34 @@ class EngineHost:
     def call(self, function: Callable[[Scheduler], T]) -> "Future[T]":
         """Run `function` in the engine thread before its next step."""
         return self.engine.call(function)
+
+    async def prepare(self, request: GenerationRequest) -> Guide | None:
+        """Make a request's grammar and processors ready; None if it has neither.
+
+        Raises:
+            InvalidRequest: they cannot be used; with the reason.
+            Overloaded: not in time.
+            Unavailable: the host has stopped.
+        """
+        params = request.params
+        if not needs_guide(params):
+            return None
+        assert self._grammars is not None, "the engine has not been started"
+        grammar = processors = None
+        try:
+            async with asyncio.timeout(request.deadline_s):
+                if params.processors:  # in a thread: modules are imported
+                    processors = await asyncio.to_thread(
+                        resolve,
+                        params.processors,
+                        pattern=self._config.logits_processor_pattern,
+                        extra_args=params.extra_args,
+                    )
+                if params.grammar is not None:
+                    grammar = await self._grammars.compile(params.grammar)
+        except TimeoutError:
+            raise Overloaded("the deadline passed before the request was prepared") from None
+        return Guide(grammar, processors)
 
     async def ledger(self) -> Ledger:
         """Count the blocks by state, between two steps."""
@@ -241,6 +304,8 @@ class EngineHost:
         }
 
     def stop(self) -> None:
-        """End the engine thread. Idempotent; accepts a host that never started."""
+        """End the engine thread and the compiler. Idempotent; accepts a host not started."""
+        if self._grammars is not None:
+            self._grammars.close()
         if self._engine is not None:
             self._engine.stop()

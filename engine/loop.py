@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 
 from contracts.errors import EngineFailure
 from contracts.events import WorkerLoad
-from engine.plan import Sampled, StepPlan
+from engine.plan import StepPlan, StepResult
 from engine.scheduler import EngineEvent, Scheduler
 
 T = TypeVar("T")
@@ -20,9 +20,9 @@ _IDLE_WAIT_S = 0.25  # an idle engine shows a pulse this often
 
 
 class StepComputer(Protocol):
-    """Computes a plan: one token for each slot, in plan order. Returns when the device is done."""
+    """Computes a plan: draws and scores, in plan order. Returns when the device is done."""
 
-    def compute(self, plan: StepPlan) -> list[Sampled]:
+    def compute(self, plan: StepPlan) -> StepResult:
         """Compute one step."""
         ...
 
@@ -144,8 +144,7 @@ class Engine:
             return
         # Params go out before the compute: the D reserves while P computes.
         self._publish()
-        sampled = self._computer.compute(plan)
-        self._scheduler.commit(plan, sampled)
+        self._scheduler.commit(plan, self._computer.compute(plan))
         self.steps += 1
         self.busy_s += time.monotonic() - began
         self._publish()

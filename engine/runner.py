@@ -1,4 +1,4 @@
-"""Computes a plan: a flattened batch in, a row of logits for each chunk that is drawn from."""
+"""Computes a plan: a flattened batch in, the logit rows that are drawn from or scored."""
 
 import inspect
 from itertools import chain
@@ -10,6 +10,14 @@ from engine.attention.base import AttentionBackend, IntArray, StepBatch
 from engine.kv_cache import KvCache
 from engine.model import LoadedModel
 from engine.plan import Chunk, StepPlan
+
+
+def rows_of(chunk: Chunk) -> list[int]:
+    """Which of a chunk's tokens have their logits kept, by offset: the scored ones, the last."""
+    rows = list(range(len(chunk.scored_ids)))
+    if chunk.slots:
+        rows.append(len(chunk.token_ids) - 1)
+    return rows
 
 
 class BlockTables:
@@ -49,8 +57,8 @@ class ModelRunner:
         """Compute a step: copies first, then all chunks in one forward pass.
 
         Returns:
-            [rows, vocab_size] float32 on the model's device: the last token's logits of each
-            chunk that has slots, in plan order. The device may still be computing them.
+            [rows, vocab_size] float32 on the model's device: the logits of each chunk's
+            `rows_of`, in plan order. The device may still be computing them.
         """
         with torch.inference_mode():
             self.cache.copy_blocks(plan.copies)
@@ -68,8 +76,12 @@ class ModelRunner:
         tables = self._tables.of(chunks)
 
         # One array, so one copy to the device: token ids, positions, cache rows, rows to keep.
-        drawn = [index for index, chunk in enumerate(chunks) if chunk.slots]
-        packed = np.empty(3 * num_tokens + len(drawn), dtype=np.int64)
+        kept = [
+            int(begin) + offset
+            for begin, chunk in zip(query_starts, chunks, strict=False)
+            for offset in rows_of(chunk)
+        ]
+        packed = np.empty(3 * num_tokens + len(kept), dtype=np.int64)
         tokens, positions, rows = (
             packed[part * num_tokens : (part + 1) * num_tokens] for part in range(3)
         )
@@ -78,7 +90,7 @@ class ModelRunner:
         )
         positions[:] = np.arange(num_tokens) + np.repeat(starts - query_starts[:-1], lens)
         self._cache_rows(positions, lens, query_starts, tables, rows)
-        packed[3 * num_tokens :] = query_starts[1:][drawn] - 1
+        packed[3 * num_tokens :] = kept
         on_device = torch.from_numpy(packed).to(device, non_blocking=True)
         keep = on_device[3 * num_tokens :]
 

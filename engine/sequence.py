@@ -1,10 +1,16 @@
 """One sequence of tokens with its KV blocks, and what a handoff reserves for one."""
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
+from contracts.events import TokenLogprob
 from contracts.ids import RequestId
 from contracts.request import GenerationRequest
 from engine.block_pool import block_key, root_key
+from engine.guide import Guide
+
+if TYPE_CHECKING:
+    from engine.beam_group import BeamGroup
 
 
 def blocks_for(num_tokens: int, block_size: int) -> int:
@@ -29,6 +35,10 @@ class Sequence:
     `choices` are those its next draw is for: all choices of the request while the prompt is
     computed, exactly one afterwards. Only `Scheduler.commit` moves `num_computed`; only the engine
     thread touches a Sequence.
+
+    With beams it is one beam, `choices` its place among them (0 while the prompt is computed).
+    Once it has `candidates` for its next token it waits for the others of its `group`: then all
+    its tokens are computed, or its blocks were taken away.
     """
 
     key: int
@@ -36,12 +46,20 @@ class Sequence:
     choices: tuple[int, ...]
     token_ids: list[int]
     arrival: int
+    guide: Guide | None = None
     export: bool = False  # prefill only: the blocks go to a D
+    scored: bool = False  # prompt tokens are left whose log-probabilities are to be told
     started: bool = False  # has been given blocks before
     num_computed: int = 0
     block_ids: list[int] = field(default_factory=list[int])
     block_keys: list[bytes] = field(default_factory=list[bytes])
     num_remembered: int = 0  # leading blocks already in the prefix cache
+    looks_back: bool = field(init=False)  # its params', asked at every draw
+    group: "BeamGroup | None" = None
+    candidates: TokenLogprob | None = None
+
+    def __post_init__(self) -> None:
+        self.looks_back = self.request.params.looks_back
 
     @property
     def num_prompt(self) -> int:
@@ -59,9 +77,9 @@ class Sequence:
         return len(self.token_ids) - self.num_computed
 
     @property
-    def order(self) -> tuple[int, int]:
+    def order(self) -> tuple[int, int, int]:
         """Earlier is served first and preempted last."""
-        return self.arrival, self.choices[0]
+        return self.request.priority, self.arrival, self.choices[0]
 
 
 @dataclass(slots=True, eq=False)

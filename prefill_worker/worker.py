@@ -8,17 +8,11 @@ import asyncio
 import logging
 import time
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
-from contracts.errors import (
-    ClaimRefused,
-    EngineFailure,
-    InvalidRequest,
-    ServingError,
-    Unavailable,
-)
-from contracts.events import PrefillStarted, RequestFailed, TokensOut, WorkerLoad
+from contracts.errors import ClaimRefused, EngineFailure, InvalidRequest, Unavailable
+from contracts.events import PrefillStarted, PromptScores, RequestFailed, TokensOut, WorkerLoad
 from contracts.handoff import (
     ChunkReady,
     Claim,
@@ -38,7 +32,9 @@ from contracts.ids import (
 )
 from contracts.request import GenerationRequest
 from contracts.worker import WorkerAddress, WorkerConfig, WorkerInfo
-from engine.host import EngineHost
+from engine.guide import Guide
+from engine.host import EngineHost, needs_guide
+from engine.preparations import Preparations
 from engine.scheduler import EngineEvent
 from engine.sequence import Progress, Started
 from kv_transfer.digest import prompt_digest, semantic_hash
@@ -48,6 +44,7 @@ from kv_transfer.local import local_layout
 from kv_transfer.nixl import NixlConnector
 from kv_transfer.params import HANDOFF_SCOPE, KvTransferParams, encode_incarnation, sign
 from kv_transfer.transfer_thread import TransferThread
+from rpc.errors import failed
 from rpc.peer_server import PeerSink
 from rpc.server import RpcServer
 from rpc.session_server import SessionSink
@@ -81,6 +78,7 @@ class PrefillWorker:
         self._exports = ExportTable(config.lease_ms / 1000, time.monotonic)
         self._requests: dict[Key, _Prefill] = {}
         self._by_transfer: dict[TransferId, Key] = {}
+        self._preparations = Preparations(self._host, config.max_waiting)
         self._transfers: TransferThread | None = None
         self._server: RpcServer | None = None
         self._housekeeper: asyncio.Task[None] | None = None
@@ -141,6 +139,7 @@ class PrefillWorker:
             self._housekeeper.cancel()
             await asyncio.gather(self._housekeeper, return_exceptions=True)
             self._housekeeper = None
+        await self._preparations.close()
         if self._server is not None:
             await self._server.stop(0.5)
             self._server = None
@@ -157,17 +156,10 @@ class PrefillWorker:
         return self._info
 
     def load(self) -> WorkerLoad:
-        """What rides on every frame."""
+        """What rides on every frame; what is not yet in the engine counts as waiting."""
         load = self._host.engine.load
-        return WorkerLoad(
-            step=load.step,
-            waiting=load.waiting,
-            running=load.running,
-            waiting_tokens=load.waiting_tokens,
-            free_blocks=load.free_blocks,
-            total_blocks=load.total_blocks,
-            draining=self._draining,
-        )
+        waiting = load.waiting + len(self._preparations)
+        return replace(load, waiting=waiting, draining=self._draining)
 
     def submit(self, request: GenerationRequest, handoff: bool, sink: SessionSink) -> None:
         """Queue a prompt. With `handoff` its KV is exported when it is scheduled."""
@@ -177,12 +169,17 @@ class PrefillWorker:
         if key in self._requests:
             raise InvalidRequest(f"request {request.request_id} is here already")
         self._host.parts.scheduler.check_fits(request)
-        self._requests[key] = _Prefill(request, handoff, sink)
-        loop = asyncio.get_running_loop()
-        added = self._host.call(lambda scheduler: scheduler.add(request, export=handoff))
-        added.add_done_callback(
-            lambda done: loop.call_soon_threadsafe(self._added, key, done.exception())
-        )
+        prefill = _Prefill(request, handoff, sink)
+        if needs_guide(request.params):
+            self._preparations.start(
+                key,
+                request,
+                lambda guide: self._add(key, prefill, guide),
+                lambda error: self._added(key, error),
+            )
+        else:
+            self._add(key, prefill, None)
+        self._requests[key] = prefill
 
     def adopt(self, request: GenerationRequest, kv_transfer_params: str, sink: SessionSink) -> None:
         """Refused: a prefill worker does not decode for others."""
@@ -263,23 +260,32 @@ class PrefillWorker:
 
     # -- inside -----------------------------------------------------------------------------
 
+    def _add(self, key: Key, prefill: _Prefill, guide: Guide | None) -> None:
+        request, export = prefill.request, prefill.handoff
+        loop = asyncio.get_running_loop()
+        added = self._host.call(
+            lambda scheduler: scheduler.add(request, export=export, guide=guide)
+        )
+        added.add_done_callback(
+            lambda done: loop.call_soon_threadsafe(self._added, key, done.exception())
+        )
+
     def _added(self, key: Key, error: BaseException | None) -> None:
         if error is None:
             return
         prefill = self._requests.pop(key, None)
         if prefill is not None:
-            kind = type(error).__name__ if isinstance(error, ServingError) else "EngineFailure"
-            prefill.sink.send([RequestFailed(key[0], key[1], kind, str(error))])
+            prefill.sink.send([failed(*key, error)])
 
     def _on_engine_failure(self, error: BaseException) -> None:
         """Fail what is not complete. Complete transfers stay: nothing writes their blocks now."""
         self._draining = True
-        text = f"the engine failed: {type(error).__name__}"
+        failure = EngineFailure(f"the engine failed: {type(error).__name__}")
         for key, prefill in list(self._requests.items()):
             export = self._exports.get(prefill.transfer_id) if prefill.transfer_id else None
             if export is None or export.state is not ExportState.READY:
                 self._drop(key, "failed")
-                prefill.sink.send([RequestFailed(*key, EngineFailure.__name__, text)])
+                prefill.sink.send([failed(*key, failure)])
 
     def _on_engine_events(self, events: list[EngineEvent]) -> None:
         for event in events:
@@ -291,8 +297,10 @@ class PrefillWorker:
                 continue
             elif isinstance(event, Progress):
                 self._progress(prefill, event)
-            else:
+            elif isinstance(event, TokensOut):
                 self._tokens(key, prefill, event)
+            else:
+                self._told(key, prefill, event)
 
     def _started(self, key: Key, prefill: _Prefill | None, event: Started) -> None:
         if prefill is None:  # aborted between its planning and now
@@ -314,7 +322,8 @@ class PrefillWorker:
         digest = prompt_digest(self._semantic_hash, request.cache_salt, request.prompt_ids)
         block_ids = tuple(BlockId(block) for block in event.block_ids)
         num_tokens = len(request.prompt_ids)
-        self._exports.create(transfer_id, block_ids, num_tokens, digest)
+        lease_ms = self._config.lease_ms if request.lease_ms is None else request.lease_ms
+        self._exports.create(transfer_id, block_ids, num_tokens, digest, lease_ms / 1000)
         assert self._server is not None
         params = KvTransferParams(
             transfer_id=transfer_id,
@@ -326,8 +335,9 @@ class PrefillWorker:
             remote_port=self._server.port,
             remote_request_id=request.request_id,
             remote_num_tokens=num_tokens,
-            lease_ms=self._config.lease_ms,
+            lease_ms=lease_ms,
             remote_block_ids=block_ids,
+            extra={"remote_prefill_cached_tokens": event.cached_tokens},
         )
         return sign(params, self._config.cluster_key, HANDOFF_SCOPE).encode()
 
@@ -345,14 +355,17 @@ class PrefillWorker:
     def _tokens(self, key: Key, prefill: _Prefill, event: TokensOut) -> None:
         prefill.sink.send([event])
         prefill.num_finished += event.finish is not None
-        num_choices = prefill.request.params.n - len(prefill.request.finished)
+        params = prefill.request.params
+        num_choices = params.n - len(prefill.request.finished)
         if not prefill.handoff:
             if prefill.num_finished == num_choices:
                 del self._requests[key]
             return
         prefill.first_tokens.append(event)
         transfer_id = prefill.transfer_id
-        if len(prefill.first_tokens) < num_choices or transfer_id is None:
+        # Beams that go on are all in one event; those that are over have one each, as others.
+        expected = 1 if params.beam and event.finish is None else num_choices
+        if len(prefill.first_tokens) < expected or transfer_id is None:
             return
         if prefill.num_finished == num_choices:
             self._finish_transfer(self._exports.revoke(transfer_id, "ended"))
@@ -360,10 +373,16 @@ class PrefillWorker:
         link = self._exports.complete(transfer_id, prefill.first_tokens)
         _send(link, FirstTokens(transfer_id, tuple(prefill.first_tokens)))
 
+    def _told(self, key: Key, prefill: _Prefill, event: PromptScores | RequestFailed) -> None:
+        if isinstance(event, RequestFailed):
+            self._drop(key, "failed")
+        prefill.sink.send([event])
+
     def _drop(self, key: Key, reason: str) -> None:
         prefill = self._requests.pop(key, None)
         if prefill is None:
             return
+        self._preparations.cancel(key)
         self._host.call(lambda scheduler: scheduler.abort(*key))
         if prefill.transfer_id is not None:
             self._finish_transfer(self._exports.revoke(prefill.transfer_id, reason))

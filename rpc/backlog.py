@@ -8,6 +8,7 @@ from contracts.events import (
     Adopted,
     PathTaken,
     PrefillStarted,
+    PromptScores,
     RequestFailed,
     TokensOut,
     WorkerEvent,
@@ -78,6 +79,8 @@ def event_bytes(event: WorkerEvent) -> int:
             size += 4 * len(event.token_ids)
             if event.logprobs:
                 size += sum(20 + 8 * len(entry.top) for entry in event.logprobs)
+        case PromptScores():
+            size += sum(12 + 8 * len(entry.top) for entry in event.entries)
         case PrefillStarted():
             size += _text_bytes(event.kv_transfer_params)
         case Adopted():
@@ -85,7 +88,7 @@ def event_bytes(event: WorkerEvent) -> int:
         case PathTaken():
             size += _text_bytes(event.path) + _text_bytes(event.cause)
         case RequestFailed():
-            size += _text_bytes(event.kind) + _text_bytes(event.message)
+            size += _text_bytes(event.kind) + _text_bytes(event.message) + _text_bytes(event.param)
     return size
 
 

@@ -1,13 +1,12 @@
 """Dataclasses of `contracts` to protobuf messages and back: sessions. Peer links: convert_peer.
 
 Token ids travel as packed little-endian unsigned 32-bit integers (S5), log-probabilities as
-32-bit floats. A message that breaks the format raises InvalidRequest. Events that a newer peer
-invented are read as None, unknown fields are ignored.
+32-bit floats, sampling parameters (convert_params) exactly. A message that breaks the format
+raises InvalidRequest. Events that a newer peer invented are read as None, unknown fields are
+ignored.
 """
 
-import sys
-from array import array
-from collections.abc import Iterable
+import itertools
 from typing import assert_never
 
 from contracts.errors import InvalidRequest
@@ -16,6 +15,8 @@ from contracts.events import (
     FinishReason,
     PathTaken,
     PrefillStarted,
+    PromptLogprob,
+    PromptScores,
     RequestFailed,
     TokenLogprob,
     TokensOut,
@@ -24,68 +25,11 @@ from contracts.events import (
 )
 from contracts.ids import Incarnation, RequestId, WorkerId
 from contracts.request import GenerationRequest
-from contracts.sampling import SamplingParams
 from contracts.worker import Role, WorkerInfo
+from rpc.convert_params import params_from_pb, params_to_pb
+from rpc.packing import pack_ids, unpack_ids
 from rpc.pb import worker_pb2 as pb
 from rpc.wire import PROTOCOL_VERSION
-
-assert array("I").itemsize == 4
-
-
-def pack_ids(ids: Iterable[int]) -> bytes:
-    """Unsigned 32-bit integers as little-endian bytes.
-
-    Raises:
-        OverflowError: one does not fit.
-    """
-    packed = array("I", ids)
-    if sys.byteorder == "big":
-        packed.byteswap()
-    return packed.tobytes()
-
-
-def unpack_ids(data: bytes) -> tuple[int, ...]:
-    """The reverse of `pack_ids`.
-
-    Raises:
-        InvalidRequest: the length is no multiple of 4.
-    """
-    if len(data) % 4:
-        raise InvalidRequest(f"packed ids of {len(data)} bytes: no multiple of 4")
-    packed = array("I", data)
-    if sys.byteorder == "big":
-        packed.byteswap()
-    return tuple(packed)
-
-
-def params_to_pb(params: SamplingParams) -> pb.SamplingParams:
-    """Sampling parameters, to the wire."""
-    return pb.SamplingParams(
-        max_tokens=params.max_tokens,
-        temperature=params.temperature,
-        top_p=params.top_p,
-        top_k=params.top_k,
-        seed=params.seed,
-        n=params.n,
-        eos_token_ids=pack_ids(params.eos_token_ids),
-        stop_token_ids=pack_ids(params.stop_token_ids),
-        logprobs=params.logprobs,
-    )
-
-
-def params_from_pb(message: pb.SamplingParams) -> SamplingParams:
-    """Sampling parameters, from the wire."""
-    return SamplingParams(
-        max_tokens=message.max_tokens,
-        temperature=message.temperature,
-        top_p=message.top_p,
-        top_k=message.top_k,
-        seed=message.seed,
-        n=message.n,
-        eos_token_ids=unpack_ids(message.eos_token_ids),
-        stop_token_ids=unpack_ids(message.stop_token_ids),
-        logprobs=message.logprobs if message.HasField("logprobs") else None,
-    )
 
 
 def submit_to_pb(request: GenerationRequest, *, handoff: bool) -> pb.Submit:
@@ -100,6 +44,9 @@ def submit_to_pb(request: GenerationRequest, *, handoff: bool) -> pb.Submit:
         deadline_s=request.deadline_s,
         handoff=handoff,
         finished=pack_ids(request.finished),
+        priority=request.priority,
+        redraw=request.redraw,
+        lease_ms=request.lease_ms,
     )
 
 
@@ -114,6 +61,9 @@ def request_from_pb(message: pb.Submit) -> GenerationRequest:
         finished=unpack_ids(message.finished),
         cache_salt=message.cache_salt,
         deadline_s=message.deadline_s if message.HasField("deadline_s") else None,
+        priority=message.priority,
+        redraw=message.redraw,
+        lease_ms=message.lease_ms if message.HasField("lease_ms") else None,
     )
 
 
@@ -230,11 +180,51 @@ def tokens_from_pb(message: pb.Tokens) -> TokensOut:
     )
 
 
+def _scores_to_pb(scores: PromptScores) -> pb.PromptScores:
+    entries = scores.entries
+    return pb.PromptScores(
+        request_id=scores.request_id,
+        attempt=scores.attempt,
+        position=scores.position,
+        logprobs=[entry.logprob for entry in entries],
+        ranks=pack_ids(entry.rank for entry in entries),
+        num_top=pack_ids(len(entry.top) for entry in entries),
+        top_ids=pack_ids(token_id for entry in entries for token_id, _ in entry.top),
+        top_logprobs=[logprob for entry in entries for _, logprob in entry.top],
+    )
+
+
+def _scores_from_pb(message: pb.PromptScores) -> PromptScores:
+    ranks, num_top = unpack_ids(message.ranks), unpack_ids(message.num_top)
+    top_ids = unpack_ids(message.top_ids)
+    if not len(message.logprobs) == len(ranks) == len(num_top):
+        raise InvalidRequest(
+            f"{len(message.logprobs)} scored tokens, {len(ranks)} ranks, {len(num_top)} counts"
+        )
+    if not len(top_ids) == len(message.top_logprobs) == sum(num_top):
+        raise InvalidRequest(
+            f"{sum(num_top)} alternatives, {len(top_ids)} of them with an id, "
+            f"{len(message.top_logprobs)} with a log-probability"
+        )
+    alternatives = zip(top_ids, message.top_logprobs, strict=True)
+    return PromptScores(
+        request_id=RequestId(message.request_id),
+        attempt=message.attempt,
+        position=message.position,
+        entries=tuple(
+            PromptLogprob(logprob, rank, tuple(itertools.islice(alternatives, count)))
+            for logprob, rank, count in zip(message.logprobs, ranks, num_top, strict=True)
+        ),
+    )
+
+
 def event_to_pb(event: WorkerEvent) -> pb.WorkerEvent:
     """One event, to the wire."""
     match event:
         case TokensOut():
             return pb.WorkerEvent(tokens=tokens_to_pb(event))
+        case PromptScores():
+            return pb.WorkerEvent(prompt_scores=_scores_to_pb(event))
         case PrefillStarted():
             return pb.WorkerEvent(
                 prefill_started=pb.PrefillStarted(
@@ -272,6 +262,7 @@ def event_to_pb(event: WorkerEvent) -> pb.WorkerEvent:
                     attempt=event.attempt,
                     kind=event.kind,
                     message=event.message,
+                    param=event.param,
                 )
             )
         case _:
@@ -283,6 +274,8 @@ def event_from_pb(message: pb.WorkerEvent) -> WorkerEvent | None:
     match message.WhichOneof("event"):
         case "tokens":
             return tokens_from_pb(message.tokens)
+        case "prompt_scores":
+            return _scores_from_pb(message.prompt_scores)
         case "prefill_started":
             started = message.prefill_started
             return PrefillStarted(
@@ -317,6 +310,7 @@ def event_from_pb(message: pb.WorkerEvent) -> WorkerEvent | None:
                 attempt=failed.attempt,
                 kind=failed.kind,
                 message=failed.message,
+                param=failed.param,
             )
         case _:
             return None

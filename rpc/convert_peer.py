@@ -18,7 +18,8 @@ from contracts.handoff import (
     Revoked,
 )
 from contracts.ids import Incarnation, TransferId
-from rpc.convert import pack_ids, tokens_from_pb, tokens_to_pb, unpack_ids
+from rpc.convert import tokens_from_pb, tokens_to_pb
+from rpc.packing import pack_ids, unpack_ids
 from rpc.pb import worker_pb2 as pb
 
 

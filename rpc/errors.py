@@ -26,6 +26,8 @@ from contracts.errors import (
     Unavailable,
     UnsupportedModel,
 )
+from contracts.events import RequestFailed
+from contracts.ids import RequestId
 
 STATUS: Final[dict[type[ServingError], StatusCode]] = {
     ServingError: StatusCode.UNKNOWN,
@@ -66,6 +68,13 @@ _ABORT_TIMEOUT_S: Final = 1.0
 def kind_of(error: ServingError) -> str:
     """The name under which `error` travels: that of its class."""
     return type(error).__name__
+
+
+def failed(request_id: RequestId, attempt: int, error: BaseException) -> RequestFailed:
+    """What a router is told of a request that `error` ended; a stranger's is a fault of ours."""
+    kind = kind_of(error) if isinstance(error, ServingError) else EngineFailure.__name__
+    param = (error.param or "") if isinstance(error, InvalidRequest | NotFound) else ""
+    return RequestFailed(request_id, attempt, kind, str(error), param)
 
 
 def status_of(error: ServingError) -> StatusCode:

@@ -15,14 +15,14 @@ from contracts.errors import (
     ServingError,
     Unavailable,
 )
-from contracts.events import RequestFailed, WorkerEvent, WorkerLoad
+from contracts.events import WorkerEvent, WorkerLoad
 from contracts.ids import RequestId
 from contracts.request import GenerationRequest
 from contracts.worker import WorkerInfo
 from rpc.backlog import Backlog, event_bytes, merged, packed
 from rpc.convert import event_to_pb, info_to_pb, load_to_pb, request_from_pb
 from rpc.duplex import Duplex
-from rpc.errors import abort_with, kind_of
+from rpc.errors import abort_with, failed
 from rpc.frames import FRAME_PAYLOAD_BYTES, FrameReader, FrameWriter
 from rpc.pb import worker_pb2 as pb
 from rpc.pb.worker_pb2_grpc import WorkerServicer
@@ -160,8 +160,7 @@ class RouterSession:
             self._fail(submit, EngineFailure(f"{type(error).__name__} while taking the request"))
 
     def _fail(self, submit: pb.Submit, error: ServingError) -> None:
-        request_id = RequestId(submit.request_id)
-        self.send([RequestFailed(request_id, submit.attempt, kind_of(error), str(error))])
+        self.send([failed(RequestId(submit.request_id), submit.attempt, error)])
 
 
 class SessionServicer(WorkerServicer):

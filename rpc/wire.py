@@ -2,7 +2,7 @@
 
 from typing import Final
 
-PROTOCOL_VERSION: Final = 1  # of the sessions; a peer link's is in its PeerHello
+PROTOCOL_VERSION: Final = 2  # of the sessions; a peer link's is in its PeerHello
 
 SESSION_BEAT_S: Final = 0.25
 PEER_BEAT_S: Final = 0.5

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class SamplingParams(_message.Message):
-    __slots__ = ("max_tokens", "temperature", "top_p", "top_k", "seed", "n", "eos_token_ids", "stop_token_ids", "logprobs")
+    __slots__ = ("max_tokens", "temperature", "top_p", "top_k", "seed", "n", "eos_token_ids", "stop_token_ids", "logprobs", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty", "min_tokens", "min_tokens_masked", "bias_ids", "biases", "allowed_token_ids", "bad_words", "grammar", "processors", "extra_args", "prompt_logprobs", "beam", "length_penalty")
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_P_FIELD_NUMBER: _ClassVar[int]
@@ -17,6 +17,22 @@ class SamplingParams(_message.Message):
     EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    MIN_P_FIELD_NUMBER: _ClassVar[int]
+    REPETITION_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    FREQUENCY_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    PRESENCE_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    MIN_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MIN_TOKENS_MASKED_FIELD_NUMBER: _ClassVar[int]
+    BIAS_IDS_FIELD_NUMBER: _ClassVar[int]
+    BIASES_FIELD_NUMBER: _ClassVar[int]
+    ALLOWED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    BAD_WORDS_FIELD_NUMBER: _ClassVar[int]
+    GRAMMAR_FIELD_NUMBER: _ClassVar[int]
+    PROCESSORS_FIELD_NUMBER: _ClassVar[int]
+    EXTRA_ARGS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    BEAM_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_PENALTY_FIELD_NUMBER: _ClassVar[int]
     max_tokens: int
     temperature: float
     top_p: float
@@ -26,10 +42,58 @@ class SamplingParams(_message.Message):
     eos_token_ids: bytes
     stop_token_ids: bytes
     logprobs: int
-    def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., seed: _Optional[int] = ..., n: _Optional[int] = ..., eos_token_ids: _Optional[bytes] = ..., stop_token_ids: _Optional[bytes] = ..., logprobs: _Optional[int] = ...) -> None: ...
+    min_p: float
+    repetition_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
+    min_tokens: int
+    min_tokens_masked: bytes
+    bias_ids: bytes
+    biases: _containers.RepeatedScalarFieldContainer[float]
+    allowed_token_ids: bytes
+    bad_words: _containers.RepeatedScalarFieldContainer[bytes]
+    grammar: Grammar
+    processors: _containers.RepeatedCompositeFieldContainer[ProcessorSpec]
+    extra_args: str
+    prompt_logprobs: int
+    beam: bool
+    length_penalty: float
+    def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., seed: _Optional[int] = ..., n: _Optional[int] = ..., eos_token_ids: _Optional[bytes] = ..., stop_token_ids: _Optional[bytes] = ..., logprobs: _Optional[int] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., min_tokens: _Optional[int] = ..., min_tokens_masked: _Optional[bytes] = ..., bias_ids: _Optional[bytes] = ..., biases: _Optional[_Iterable[float]] = ..., allowed_token_ids: _Optional[bytes] = ..., bad_words: _Optional[_Iterable[bytes]] = ..., grammar: _Optional[_Union[Grammar, _Mapping]] = ..., processors: _Optional[_Iterable[_Union[ProcessorSpec, _Mapping]]] = ..., extra_args: _Optional[str] = ..., prompt_logprobs: _Optional[int] = ..., beam: bool = ..., length_penalty: _Optional[float] = ...) -> None: ...
+
+class Grammar(_message.Message):
+    __slots__ = ("kind", "text", "any_whitespace", "closed_objects", "whitespace_pattern", "fallback", "start_after", "end_token_ids", "opened_by")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    ANY_WHITESPACE_FIELD_NUMBER: _ClassVar[int]
+    CLOSED_OBJECTS_FIELD_NUMBER: _ClassVar[int]
+    WHITESPACE_PATTERN_FIELD_NUMBER: _ClassVar[int]
+    FALLBACK_FIELD_NUMBER: _ClassVar[int]
+    START_AFTER_FIELD_NUMBER: _ClassVar[int]
+    END_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    OPENED_BY_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    text: str
+    any_whitespace: bool
+    closed_objects: bool
+    whitespace_pattern: str
+    fallback: bool
+    start_after: bytes
+    end_token_ids: bytes
+    opened_by: int
+    def __init__(self, kind: _Optional[str] = ..., text: _Optional[str] = ..., any_whitespace: bool = ..., closed_objects: bool = ..., whitespace_pattern: _Optional[str] = ..., fallback: bool = ..., start_after: _Optional[bytes] = ..., end_token_ids: _Optional[bytes] = ..., opened_by: _Optional[int] = ...) -> None: ...
+
+class ProcessorSpec(_message.Message):
+    __slots__ = ("qualname", "args", "kwargs")
+    QUALNAME_FIELD_NUMBER: _ClassVar[int]
+    ARGS_FIELD_NUMBER: _ClassVar[int]
+    KWARGS_FIELD_NUMBER: _ClassVar[int]
+    qualname: str
+    args: str
+    kwargs: str
+    def __init__(self, qualname: _Optional[str] = ..., args: _Optional[str] = ..., kwargs: _Optional[str] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("request_id", "attempt", "prompt_ids", "params", "output_ids", "cache_salt", "deadline_s", "handoff", "finished")
+    __slots__ = ("request_id", "attempt", "prompt_ids", "params", "output_ids", "cache_salt", "deadline_s", "handoff", "finished", "priority", "redraw", "lease_ms")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -39,6 +103,9 @@ class Submit(_message.Message):
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     HANDOFF_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    REDRAW_FIELD_NUMBER: _ClassVar[int]
+    LEASE_MS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     prompt_ids: bytes
@@ -48,7 +115,10 @@ class Submit(_message.Message):
     deadline_s: float
     handoff: bool
     finished: bytes
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_ids: _Optional[bytes] = ..., params: _Optional[_Union[SamplingParams, _Mapping]] = ..., output_ids: _Optional[_Iterable[bytes]] = ..., cache_salt: _Optional[str] = ..., deadline_s: _Optional[float] = ..., handoff: bool = ..., finished: _Optional[bytes] = ...) -> None: ...
+    priority: int
+    redraw: bool
+    lease_ms: int
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_ids: _Optional[bytes] = ..., params: _Optional[_Union[SamplingParams, _Mapping]] = ..., output_ids: _Optional[_Iterable[bytes]] = ..., cache_salt: _Optional[str] = ..., deadline_s: _Optional[float] = ..., handoff: bool = ..., finished: _Optional[bytes] = ..., priority: _Optional[int] = ..., redraw: bool = ..., lease_ms: _Optional[int] = ...) -> None: ...
 
 class Adopt(_message.Message):
     __slots__ = ("submit", "kv_transfer_params")
@@ -172,6 +242,26 @@ class Tokens(_message.Message):
     finish: str
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., choice: _Optional[int] = ..., position: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., finish: _Optional[str] = ...) -> None: ...
 
+class PromptScores(_message.Message):
+    __slots__ = ("request_id", "attempt", "position", "logprobs", "ranks", "num_top", "top_ids", "top_logprobs")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOP_FIELD_NUMBER: _ClassVar[int]
+    TOP_IDS_FIELD_NUMBER: _ClassVar[int]
+    TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    attempt: int
+    position: int
+    logprobs: _containers.RepeatedScalarFieldContainer[float]
+    ranks: bytes
+    num_top: bytes
+    top_ids: bytes
+    top_logprobs: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., position: _Optional[int] = ..., logprobs: _Optional[_Iterable[float]] = ..., ranks: _Optional[bytes] = ..., num_top: _Optional[bytes] = ..., top_ids: _Optional[bytes] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
+
 class PrefillStarted(_message.Message):
     __slots__ = ("request_id", "attempt", "kv_transfer_params", "cached_tokens")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
@@ -215,30 +305,34 @@ class PathTaken(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., path: _Optional[str] = ..., cause: _Optional[str] = ..., num_bytes: _Optional[int] = ..., num_descriptors: _Optional[int] = ..., read_s: _Optional[float] = ...) -> None: ...
 
 class RequestFailed(_message.Message):
-    __slots__ = ("request_id", "attempt", "kind", "message")
+    __slots__ = ("request_id", "attempt", "kind", "message", "param")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    PARAM_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     kind: str
     message: str
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., kind: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+    param: str
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., kind: _Optional[str] = ..., message: _Optional[str] = ..., param: _Optional[str] = ...) -> None: ...
 
 class WorkerEvent(_message.Message):
-    __slots__ = ("tokens", "prefill_started", "adopted", "path_taken", "failed")
+    __slots__ = ("tokens", "prefill_started", "adopted", "path_taken", "failed", "prompt_scores")
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_STARTED_FIELD_NUMBER: _ClassVar[int]
     ADOPTED_FIELD_NUMBER: _ClassVar[int]
     PATH_TAKEN_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_SCORES_FIELD_NUMBER: _ClassVar[int]
     tokens: Tokens
     prefill_started: PrefillStarted
     adopted: Adopted
     path_taken: PathTaken
     failed: RequestFailed
-    def __init__(self, tokens: _Optional[_Union[Tokens, _Mapping]] = ..., prefill_started: _Optional[_Union[PrefillStarted, _Mapping]] = ..., adopted: _Optional[_Union[Adopted, _Mapping]] = ..., path_taken: _Optional[_Union[PathTaken, _Mapping]] = ..., failed: _Optional[_Union[RequestFailed, _Mapping]] = ...) -> None: ...
+    prompt_scores: PromptScores
+    def __init__(self, tokens: _Optional[_Union[Tokens, _Mapping]] = ..., prefill_started: _Optional[_Union[PrefillStarted, _Mapping]] = ..., adopted: _Optional[_Union[Adopted, _Mapping]] = ..., path_taken: _Optional[_Union[PathTaken, _Mapping]] = ..., failed: _Optional[_Union[RequestFailed, _Mapping]] = ..., prompt_scores: _Optional[_Union[PromptScores, _Mapping]] = ...) -> None: ...
 
 class WorkerFrame(_message.Message):
     __slots__ = ("sequence", "hello", "events", "load", "piece", "more_pieces")

@@ -272,7 +272,7 @@ async def test_an_abort_while_reserving_gives_the_blocks_back(cluster: SplitClus
     cluster.decode._host.call(lambda _: busy.wait(10))
     try:
         cluster.sessions[Role.DECODE].adopt(request, params)
-        await until(cluster.decode._reserving.locked)
+        await until(lambda: len(cluster.decode._reserving) == 1)
         cluster.sessions[Role.DECODE].abort(request.request_id, 0)
         await until(lambda: cluster.prefill.status()["transfers"] == 0)
     finally:

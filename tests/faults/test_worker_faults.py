@@ -15,7 +15,7 @@ from contracts.sampling import SamplingParams
 from contracts.worker import Role
 from decode_worker.peers import TransferMessage
 from engine.host import ModelComputer
-from engine.plan import Sampled, StepPlan
+from engine.plan import StepPlan, StepResult
 from kv_transfer.params import HANDOFF_SCOPE, KvTransferParams, decode_and_verify
 from tests.support.reference import greedy
 from tests.support.split_cluster import KEY, SplitCluster, split_cluster
@@ -43,7 +43,7 @@ def break_engine(worker: object, monkeypatch: pytest.MonkeyPatch, after_steps: i
     original = ModelComputer.compute
     left = [after_steps]
 
-    def compute(self: ModelComputer, plan: StepPlan) -> list[Sampled]:
+    def compute(self: ModelComputer, plan: StepPlan) -> StepResult:
         if self is broken:
             left[0] -= 1
             if left[0] < 0:

@@ -27,6 +27,7 @@ from rpc.pb import worker_pb2 as pb
 from rpc.pb.worker_pb2_grpc import WorkerStub
 from rpc.server import RpcServer
 from rpc.status import fetch_status
+from rpc.wire import PROTOCOL_VERSION
 from tests.support.rpc_fakes import (
     CLUSTER_KEY,
     INFO,
@@ -50,7 +51,7 @@ async def test_a_silent_router_is_lost() -> None:
     async with serving(worker) as server, AsyncExitStack() as stack:
         channel = await stack.enter_async_context(aio.insecure_channel(f"127.0.0.1:{server.port}"))
         call = stub_call(stack, channel)
-        hello = pb.RouterHello(router_id="frozen", epoch=1, protocol_version=1)
+        hello = pb.RouterHello(router_id="frozen", epoch=1, protocol_version=PROTOCOL_VERSION)
         await call.write(pb.RouterFrame(hello=hello))
         with pytest.raises(aio.AioRpcError, match="silent for 4 beats of 50 ms"):
             await read_to_end(call)

@@ -20,7 +20,7 @@ from contracts.ids import RequestId, WorkerId
 from contracts.request import GenerationRequest
 from rpc.pb import worker_pb2 as pb
 from rpc.session_server import SessionSink
-from rpc.wire import MAX_FRAME_BYTES
+from rpc.wire import MAX_FRAME_BYTES, PROTOCOL_VERSION
 from tests.support.rpc_fakes import (
     INFO,
     FakeRouter,
@@ -171,7 +171,7 @@ async def test_while_a_write_is_blocked_events_gather() -> None:
     async with serving(worker, 5.0) as server, AsyncExitStack() as stack:
         channel = await stack.enter_async_context(aio.insecure_channel(f"127.0.0.1:{server.port}"))
         call = stub_call(stack, channel)
-        hello = pb.RouterHello(router_id="slow", epoch=1, protocol_version=1)
+        hello = pb.RouterHello(router_id="slow", epoch=1, protocol_version=PROTOCOL_VERSION)
         await call.write(pb.RouterFrame(hello=hello))
         submit = pb.Submit(request_id="r", params=pb.SamplingParams(max_tokens=1))
         await call.write(pb.RouterFrame(sequence=1, submits=[submit]))
@@ -225,7 +225,7 @@ async def test_a_router_that_never_reads_is_lost_before_memory_is() -> None:
     async with serving(worker, 5.0) as server, AsyncExitStack() as stack:
         channel = await stack.enter_async_context(aio.insecure_channel(f"127.0.0.1:{server.port}"))
         call = stub_call(stack, channel)
-        hello = pb.RouterHello(router_id="slow", epoch=1, protocol_version=1)
+        hello = pb.RouterHello(router_id="slow", epoch=1, protocol_version=PROTOCOL_VERSION)
         await call.write(pb.RouterFrame(hello=hello))
         submit = pb.Submit(request_id="r", params=pb.SamplingParams(max_tokens=1))
         await call.write(pb.RouterFrame(sequence=1, submits=[submit]))
@@ -244,7 +244,7 @@ async def test_a_wrong_sequence_number_closes_the_session(sequence: int) -> None
     async with serving(worker) as server, AsyncExitStack() as stack:
         channel = await stack.enter_async_context(aio.insecure_channel(f"127.0.0.1:{server.port}"))
         call = stub_call(stack, channel)
-        hello = pb.RouterHello(router_id="odd", epoch=1, protocol_version=1)
+        hello = pb.RouterHello(router_id="odd", epoch=1, protocol_version=PROTOCOL_VERSION)
         await call.write(pb.RouterFrame(hello=hello))
         await call.write(pb.RouterFrame(sequence=sequence))
         with pytest.raises(aio.AioRpcError) as caught:
@@ -259,7 +259,7 @@ async def test_a_wrong_sequence_number_closes_the_session(sequence: int) -> None
         pytest.param(
             pb.RouterFrame(hello=pb.RouterHello(router_id="r", protocol_version=99)),
             grpc.StatusCode.FAILED_PRECONDITION,
-            "version 1, the router 99",
+            f"version {PROTOCOL_VERSION}, the router 99",
             id="version",
         ),
         pytest.param(pb.RouterFrame(), grpc.StatusCode.INVALID_ARGUMENT, "no hello", id="no-hello"),

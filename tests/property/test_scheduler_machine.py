@@ -1,13 +1,13 @@
 """Random requests, aborts, handoffs and tight memory: every token right, every block accounted."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from contracts.errors import OutOfBlocks
-from contracts.events import TokensOut
+from contracts.events import PromptLogprob, PromptScores, TokensOut
 from contracts.ids import RequestId
 from contracts.request import GenerationRequest
 from contracts.sampling import SamplingParams
@@ -15,10 +15,18 @@ from engine.block_pool import BlockPool
 from engine.generations import GenerationWords
 from engine.scheduler import Scheduler, SchedulerConfig
 from engine.sequence import Reservation, Started
-from tests.support.paged_oracle import PagedOracle, continuation, next_token
+from tests.support.naive_beams import naive_beams
+from tests.support.paged_oracle import (
+    PagedOracle,
+    candidates,
+    continuation,
+    next_token,
+    prompt_score,
+)
 
 BLOCK = 4
-BLOCKS = 24
+MAX_LEN = 40
+BEAM_END = 3  # of the 12 tokens that beams are made of
 
 
 @dataclass
@@ -28,39 +36,82 @@ class Expected:
     outputs: dict[int, list[int]] = field(default_factory=dict)
     finished: set[int] = field(default_factory=set)
     leased: tuple[int, ...] = ()
+    scores: dict[int, PromptLogprob] = field(default_factory=dict)
+
+    def beams(self) -> list[list[int]]:
+        prompt, params = self.request.prompt_ids, self.request.params
+        most = min(params.max_tokens, MAX_LEN - len(prompt))
+        found = naive_beams(
+            lambda tokens, count: candidates(tokens, count // 2).top,
+            prompt,
+            params.n,
+            most,
+            params.eos_token_ids,
+            params.length_penalty,
+        )
+        return [tokens for tokens, _ in found]
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    @initialize(budget=st.integers(3, 40), running=st.integers(1, 8), caching=st.booleans())
-    def start(self, budget: int, running: int, caching: bool) -> None:
-        self.words = GenerationWords(BLOCKS, incarnation=7)
-        self.pool = BlockPool(BLOCKS, self.words)
+    @initialize(
+        blocks=st.sampled_from([10, 13, 24]),  # the longest sequence alone takes 10
+        budget=st.integers(3, 40),
+        running=st.integers(1, 8),
+        caching=st.booleans(),
+    )
+    def start(self, blocks: int, budget: int, running: int, caching: bool) -> None:
+        self.words = GenerationWords(blocks, incarnation=7)
+        self.pool = BlockPool(blocks, self.words)
         config = SchedulerConfig(
             block_size=BLOCK,
-            max_model_len=40,
+            max_model_len=MAX_LEN,
             max_step_tokens=budget,
             max_running=running,
             prefill_tokens_beside_decodes=max(1, budget // 2),
             prefix_caching=caching,
         )
         self.scheduler = Scheduler(config, self.pool)
-        self.oracle = PagedOracle(BLOCKS, BLOCK)
+        self.oracle = PagedOracle(blocks, BLOCK)
         self.requests: dict[RequestId, Expected] = {}
         self.reservations: list[Reservation] = []
         self.quarantined: list[list[int]] = []
         self.count = 0
 
-    def _request(self, prompt: list[int], new: int, n: int) -> GenerationRequest:
+    def _request(
+        self, prompt: list[int], new: int, n: int, kind: str = "plain", priority: int = 0
+    ) -> GenerationRequest:
         self.count += 1
-        params = SamplingParams(max_tokens=new, n=n)
-        return GenerationRequest(RequestId(f"r{self.count}"), tuple(prompt), params)
+        if kind == "beam":
+            params = SamplingParams(
+                max_tokens=new, n=n, beam=True, eos_token_ids=(BEAM_END,), length_penalty=0.7
+            )
+        else:
+            params = SamplingParams(
+                max_tokens=new,
+                n=n,
+                prompt_logprobs=0 if kind == "scored" else None,
+                frequency_penalty=0.5 if kind == "looking back" else 0.0,
+            )
+        name = RequestId(f"r{self.count}")
+        return GenerationRequest(name, tuple(prompt), params, priority=priority)
 
     # Few distinct tokens and lengths around block borders, so that prefixes repeat.
     prompts = st.lists(st.integers(0, 1), min_size=1, max_size=18)
 
-    @rule(prompt=prompts, new=st.integers(1, 9), n=st.integers(1, 3), export=st.booleans())
-    def add(self, prompt: list[int], new: int, n: int, export: bool) -> None:
-        request = self._request(prompt, new, n)
+    kinds = st.sampled_from(["plain", "looking back", "scored", "beam", "beam"])
+
+    @rule(
+        prompt=prompts,
+        new=st.integers(1, 9) | st.just(30),
+        n=st.integers(1, 3),
+        export=st.booleans(),
+        kind=kinds,
+        priority=st.integers(-1, 1),
+    )
+    def add(
+        self, prompt: list[int], new: int, n: int, export: bool, kind: str, priority: int
+    ) -> None:
+        request = self._request(prompt, new, n, kind, priority)
         self.scheduler.add(request, export=export)
         self.requests[request.request_id] = Expected(request, export)
 
@@ -77,9 +128,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         expected.outputs = {choice: list(outputs[choice]) for choice in range(n)}
         self.requests[request.request_id] = expected
 
-    @rule(prompt=prompts, new=st.integers(2, 9), n=st.integers(1, 3))
-    def reserve(self, prompt: list[int], new: int, n: int) -> None:
-        request = self._request(prompt, new, n)
+    @rule(
+        prompt=prompts,
+        new=st.integers(2, 9),
+        n=st.integers(1, 3),
+        kind=kinds,
+        redraw=st.booleans(),
+    )
+    def reserve(self, prompt: list[int], new: int, n: int, kind: str, redraw: bool) -> None:
+        kind = "plain" if kind == "scored" else kind  # never asked of a D
+        request = replace(self._request(prompt, new, n, kind), redraw=redraw)
         before = self.pool.ledger()
         try:
             reservation = self.scheduler.reserve(request)
@@ -97,21 +155,25 @@ class SchedulerMachine(RuleBasedStateMachine):
         index = data.draw(st.integers(0, len(self.reservations) - 1))
         reservation = self.reservations.pop(index)
         request = reservation.request
-        prompt = request.prompt_ids
+        prompt, params = request.prompt_ids, request.params
         for block in range(reservation.num_hits, len(reservation.blocks)):
             for offset in range(BLOCK):
                 position = block * BLOCK + offset
-                if position < len(prompt):
+                if position < len(prompt) - request.redraw:  # the last one is to be computed
                     slot = self.oracle.slots[reservation.blocks[block]]
                     slot[offset] = (position, prompt[position])
         first = []
         expected = Expected(request, False)
-        for choice in range(request.params.n):
+        if params.beam and not request.redraw:
+            found = candidates(prompt, params.n)
+            first.append(TokensOut(request.request_id, 0, 0, 0, (found.top[0][0],), (found,)))
+        for choice in range(0 if params.beam or request.redraw else params.n):
             token = next_token(prompt, choice)
             first.append(TokensOut(request.request_id, 0, choice, 0, (token,)))
             expected.outputs[choice] = [token]
         self.requests[request.request_id] = expected
         self.scheduler.adopt(reservation, first)
+        self._collect()
 
     @precondition(lambda self: bool(self.reservations))
     @rule(posted=st.integers(0, 3))
@@ -175,6 +237,11 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert event.cached_tokens < len(expected.request.prompt_ids) + 9
                 if event.export:
                     expected.leased = event.block_ids
+            elif isinstance(event, PromptScores):
+                assert expected.request.params.prompt_logprobs is not None
+                expected.scores.update(enumerate(event.entries, event.position))
+            elif isinstance(event, TokensOut) and expected.request.params.beam:
+                self._beam(expected, event)
             elif isinstance(event, TokensOut):
                 outputs = expected.outputs.setdefault(event.choice, [])
                 assert event.position == len(outputs)
@@ -184,11 +251,24 @@ class SchedulerMachine(RuleBasedStateMachine):
                 limit = 1 if expected.export else expected.request.params.max_tokens
                 assert (event.finish is not None) == (
                     len(outputs) == expected.request.params.max_tokens
-                    or len(prompt) + len(outputs) >= 40
+                    or len(prompt) + len(outputs) >= MAX_LEN
                 )
                 assert len(outputs) <= limit
                 if event.finish is not None:
                     expected.finished.add(event.choice)
+
+    def _beam(self, expected: Expected, event: TokensOut) -> None:
+        request = expected.request
+        assert event.position == 0
+        expected.outputs[event.choice] = list(event.token_ids)
+        if event.finish is None:  # what a P tells D
+            assert expected.export
+            assert event.choice == 0
+            found = candidates(request.prompt_ids, request.params.n)
+            assert event.logprobs == (found,)
+        else:
+            assert list(event.token_ids) == expected.beams()[event.choice]
+            expected.finished.add(event.choice)
 
     @invariant()
     def ledger_holds(self) -> None:
@@ -214,6 +294,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not self.scheduler.has_work, "the scheduler is stuck"
         for expected in self.requests.values():
             self._unlease(expected)
+            prompt = expected.request.prompt_ids
+            if expected.request.params.prompt_logprobs is not None:
+                assert expected.scores == {
+                    index: prompt_score(prompt[: index + 1]) for index in range(1, len(prompt))
+                }
             if not expected.export:
                 assert expected.finished == set(range(expected.request.params.n))
         assert self.pool.ledger().idle, self.pool.ledger()

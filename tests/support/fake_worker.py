@@ -7,7 +7,7 @@ what the router sent it is written down. The order of events is that of a real w
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -18,6 +18,8 @@ from contracts.events import (
     FinishReason,
     PathTaken,
     PrefillStarted,
+    PromptLogprob,
+    PromptScores,
     RequestFailed,
     TokenLogprob,
     TokensOut,
@@ -94,6 +96,8 @@ class FakeWorker:
     down: bool = False  # sessions cannot be opened
     refuse_adopts: bool = False
     fail_kind: str = ""  # RequestFailed at once
+    fail_param: str = ""  # ... that names this field
+    withhold_scores: bool = False  # prompts' log-probabilities are not sent
     fail_kind_at: int | None = None  # ... or before this position
     pause_at: int | None = None  # stop before this output position until `resume`; -1: in P's queue
     # What happened
@@ -127,6 +131,16 @@ class FakeWorker:
         if self.pause_at is not None and position >= self.pause_at:
             self.paused.set()
             await self._resumed.wait()
+
+
+def scores_of(prompt_ids: Sequence[int], num_top: int) -> tuple[PromptLogprob, ...]:
+    """What fake workers say of prompt tokens 1 and after; the alternatives follow in id."""
+    return tuple(
+        PromptLogprob(
+            -0.5 * position, 1 + position, tuple((token + k, -0.25 - k) for k in range(num_top))
+        )
+        for position, token in enumerate(prompt_ids[1:], 1)
+    )
 
 
 class FakeSession:
@@ -211,7 +225,21 @@ class FakeSession:
         self.send(PrefillStarted(rid, attempt, params, self.worker.cached_tokens))
         await asyncio.sleep(0)
         await self.worker.pass_position(0)
-        self.send(*(self._tokens(request, choice, 0, 1) for choice in range(request.params.n)))
+        self._send_scores(request)
+        if request.params.beam:  # the best candidate; D makes beams of it
+            self.send(replace(self._tokens(request, 0, 0, 1), finish=None))
+        else:
+            self.send(*(self._tokens(request, choice, 0, 1) for choice in range(request.params.n)))
+
+    def _send_scores(self, request: GenerationRequest) -> None:
+        """Two pieces, so that one alone is not enough."""
+        wanted = request.params.prompt_logprobs
+        if wanted is None or self.worker.withhold_scores:
+            return
+        entries = scores_of(request.prompt_ids, wanted)
+        rid, attempt, half = request.request_id, request.attempt, len(entries) // 2
+        self.send(PromptScores(rid, attempt, 1, entries[:half]))
+        self.send(PromptScores(rid, attempt, 1 + half, entries[half:]))
 
     async def _adopted(self, request: GenerationRequest) -> None:
         if self._failed(request):
@@ -234,10 +262,11 @@ class FakeSession:
             PrefillStarted(request.request_id, request.attempt, "", cached),
             PathTaken(request.request_id, request.attempt, "local"),
         )
+        self._send_scores(request)
         await self._decode(request)
 
     async def _decode(self, request: GenerationRequest) -> None:
-        """One step: a token of every choice that is not over."""
+        """One step: a token of every choice that is not over. Beams are said at the end."""
         at = {
             choice: len(request.output_ids[choice]) if request.output_ids else 0
             for choice in range(request.params.n)
@@ -259,19 +288,24 @@ class FakeSession:
                 for event in events
                 if event.finish is None
             }
-            self.send(*events)
+            if not request.params.beam:
+                self.send(*events)
+        if request.params.beam:
+            limit = request.params.max_tokens
+            self.send(*(self._tokens(request, i, 0, limit) for i in range(request.params.n)))
 
     def _tokens(
         self, request: GenerationRequest, choice: int, position: int, count: int
     ) -> TokensOut:
         script = self.worker.script(request, choice)
         params = request.params
+        grammar_ends = () if params.grammar is None else params.grammar.end_token_ids
         ids: list[int] = []
         finish: FinishReason | None = None
         while len(ids) < count and finish is None:
             at = position + len(ids)
             ids.append(script[at % len(script)])
-            if params.ends(ids[-1]):
+            if params.ends(ids[-1]) or ids[-1] in grammar_ends:
                 finish = FinishReason.STOP
             elif at + 1 >= params.max_tokens:
                 finish = FinishReason.LENGTH
@@ -292,7 +326,9 @@ class FakeSession:
 
     def _failure(self, request: GenerationRequest) -> RequestFailed:
         kind = self.worker.fail_kind or "EngineFailure"
-        return RequestFailed(request.request_id, request.attempt, kind, "as scripted")
+        return RequestFailed(
+            request.request_id, request.attempt, kind, "as scripted", self.worker.fail_param
+        )
 
 
 class FakeCluster:

@@ -9,7 +9,8 @@ import hashlib
 from array import array
 from collections.abc import Sequence
 
-from engine.plan import Sampled, StepPlan
+from contracts.events import PromptLogprob, TokenLogprob
+from engine.plan import Sampled, SampleSlot, StepPlan, StepResult
 
 
 def next_token(token_ids: Sequence[int], choice: int = 0, vocab: int = 1000) -> int:
@@ -26,6 +27,23 @@ def continuation(prompt: Sequence[int], count: int, choice: int = 0) -> list[int
     return tokens[len(prompt) :]
 
 
+def candidates(token_ids: Sequence[int], width: int, vocab: int = 12) -> TokenLogprob:
+    """The oracle's `2 * width` best tokens after `token_ids`, with a made-up log-probability."""
+    scored = []
+    for token in range(vocab):
+        data = array("I", [*token_ids, token]).tobytes()
+        noise = int.from_bytes(hashlib.blake2b(data, digest_size=2).digest(), "little")
+        scored.append((-noise / 1024, token))
+    scored.sort(reverse=True)
+    top = tuple((token, logprob) for logprob, token in scored[: 2 * width])
+    return TokenLogprob(top[0][1], top)
+
+
+def prompt_score(token_ids: Sequence[int]) -> PromptLogprob:
+    """What the oracle says of the last token after those before it."""
+    return PromptLogprob(-float(next_token(token_ids)), len(token_ids))
+
+
 class PagedOracle:
     """Implements engine.loop.StepComputer over token-holding slots."""
 
@@ -36,10 +54,11 @@ class PagedOracle:
         ]
         self.computed_tokens = 0
 
-    def compute(self, plan: StepPlan) -> list[Sampled]:
+    def compute(self, plan: StepPlan) -> StepResult:
         for source, target in plan.copies:
             self.slots[target] = list(self.slots[source])
         drawn: list[Sampled] = []
+        scores: list[tuple[PromptLogprob, ...]] = []
         for chunk in plan.chunks:
             for offset, token in enumerate(chunk.token_ids):
                 position = chunk.start + offset
@@ -57,8 +76,24 @@ class PagedOracle:
                 assert held[0] == position, f"slot holds position {held[0]}, wanted {position}"
                 tokens.append(held[1])
             assert tuple(tokens[chunk.start :]) == chunk.token_ids
-            drawn += [Sampled(next_token(tokens, slot.choice)) for slot in chunk.slots]
-        return drawn
+            drawn += [self._draw(tokens, slot) for slot in chunk.slots]
+            if chunk.scored is not None:
+                scores.append(
+                    tuple(
+                        prompt_score([*tokens[: chunk.start + index + 1], token])
+                        for index, token in enumerate(chunk.scored_ids)
+                    )
+                )
+        return StepResult(tuple(drawn), tuple(scores))
+
+    def _draw(self, tokens: list[int], slot: SampleSlot) -> Sampled:
+        params = slot.params
+        outputs = tuple(tokens[len(tokens) - slot.position :])
+        assert slot.output_ids == (outputs if params.looks_back else ())
+        if params.beam:
+            found = candidates(tokens, params.n)
+            return Sampled(found.top[0][0], found)
+        return Sampled(next_token(tokens, slot.choice))
 
     def copy_block_from(self, other: "PagedOracle", source: int, target: int) -> None:
         """What a handoff does."""

@@ -13,6 +13,8 @@ EAGER_ONLY = ("gemma2", "gpt_oss")  # soft-capping or sinks: sdpa would leave th
 @cache
 def stock_model(folder: Path, arch: str) -> Any:
     """The stock model, float32, with an attention that honours all the architecture asks for."""
+    # The workers' own setting holds for their threads only; more threads than cores crawl.
+    torch.set_num_threads(1)
     attention = "eager" if arch in EAGER_ONLY else "sdpa"
     return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention)
 

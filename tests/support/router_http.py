@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 from fastapi import FastAPI
 from tokenizers import Tokenizer
 
@@ -52,6 +53,13 @@ class Served:
         response = await self.chat(stream=True, **fields)
         assert response.status_code == 200, response.text
         return events(response.text)
+
+    def official(self, api_key: str = "any") -> openai.AsyncOpenAI:
+        """The official client, talking to this app."""
+        transport: Any = self.client  # its own kind of client is a fork of this one
+        return openai.AsyncOpenAI(
+            api_key=api_key, base_url="http://test/v1", http_client=transport, max_retries=0
+        )
 
     @property
     def idle(self) -> bool:

@@ -11,13 +11,14 @@ from contracts.ids import WorkerId, new_request_id
 from contracts.request import GenerationRequest
 from contracts.sampling import SamplingParams
 from contracts.worker import Role
-from router.choice import EndRules, Piece
 from router.config import RouterConfig
 from router.detokenizer import Vocabulary
 from router.job import Job
 from router.metrics import RouterMetrics
 from router.outbox import Outbox
+from router.pieces import Piece
 from router.request import Generation
+from router.rules import OutputRules
 from router.workers import WorkerPool
 from tests.support.fake_worker import FakeCluster, FakeWorker, Script, byte_level_tokenizer, until
 
@@ -49,6 +50,9 @@ class Router:
         *,
         stop: Sequence[str] = (),
         limit_bytes: int | None = None,
+        rules: OutputRules | None = None,
+        cache_salt: str = "",
+        priority: int = 0,
         **params: Any,
     ) -> "Run":
         sampling = SamplingParams(**{"max_tokens": 100, "eos_token_ids": (EOS,), **params})
@@ -56,7 +60,9 @@ class Router:
             new_request_id(),
             tuple(TOKENIZER.encode("the prompt").ids),
             sampling,
-            EndRules(tuple(stop), EOS),
+            rules or OutputRules(tuple(stop), EOS),
+            cache_salt,
+            priority,
         )
         generation = Generation(
             job,

@@ -12,6 +12,8 @@ from contracts.events import (
     FinishReason,
     PathTaken,
     PrefillStarted,
+    PromptLogprob,
+    PromptScores,
     RequestFailed,
     TokenLogprob,
     TokensOut,
@@ -43,6 +45,9 @@ class Answer:
     num_bytes: int = 0
     num_descriptors: int = 0
     failure: str = ""
+    param: str = ""  # of the failure
+    scores: dict[int, PromptLogprob] = field(default_factory=dict[int, PromptLogprob])
+    beam: bool = False
     adopted: Adopted | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -83,11 +88,20 @@ class SplitCluster:
                     )
                 case RequestFailed():
                     answer.failure = f"{event.kind}: {event.message}"
+                    answer.param = event.param
+                case PromptScores():
+                    self._scores(answer, event)
                 case TokensOut():
                     self._tokens(answer, event)
             answer.changed.set()
 
+    def _scores(self, answer: Answer, event: PromptScores) -> None:
+        for position, entry in enumerate(event.entries, event.position):
+            assert answer.scores.setdefault(position, entry) == entry, "a repeated score differs"
+
     def _tokens(self, answer: Answer, event: TokensOut) -> None:
+        if answer.beam and event.finish is None:
+            return  # what P tells D by way of the router too
         known = answer.tokens[event.choice]
         for offset, token in enumerate(event.token_ids):
             position = event.position + offset
@@ -127,9 +141,12 @@ class SplitCluster:
         split: bool = True,
         timeout_s: float = 60.0,
         salt: str = "",
+        output_ids: tuple[tuple[int, ...], ...] = (),
     ) -> Answer:
         """Send one request down the remote (or local) path and wait for its end."""
-        request = GenerationRequest(new_request_id(), tuple(prompt_ids), params, cache_salt=salt)
+        request = GenerationRequest(
+            new_request_id(), tuple(prompt_ids), params, output_ids, cache_salt=salt
+        )
         return await self.send(request, split=split, timeout_s=timeout_s)
 
     async def send(
@@ -148,9 +165,29 @@ class SplitCluster:
         await self.until(answer, lambda: answer.over, timeout_s)
         return answer
 
+    async def redraw(
+        self, request: GenerationRequest, *, lease_ms: int = 5000, timeout_s: float = 60.0
+    ) -> Answer:
+        """The two-step protocol: P computes the prompt and forgets who asked; D does the rest."""
+        first = replace(
+            request,
+            request_id=new_request_id(),
+            params=SamplingParams(max_tokens=2, temperature=0.0),
+            lease_ms=lease_ms,
+        )
+        step = self.expect(first)
+        self.sessions[Role.PREFILL].submit(first, handoff=True)
+        await self.until(step, lambda: bool(step.tokens[0]) or step.over, timeout_s)
+        answer = self.expect(request)
+        self.sessions[Role.DECODE].adopt(replace(request, redraw=True), step.kv_transfer_params)
+        await self.until(answer, lambda: answer.over, timeout_s)
+        return answer
+
     def expect(self, request: GenerationRequest) -> Answer:
         n = request.params.n
-        answer = Answer([[] for _ in range(n)], [[] for _ in range(n)], [None] * n)
+        known = request.output_ids or [()] * n
+        answer = Answer([list(ids) for ids in known], [[] for _ in range(n)], [None] * n)
+        answer.beam = request.params.beam
         self.answers[request.request_id] = answer
         return answer
 

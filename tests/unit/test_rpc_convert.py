@@ -1,7 +1,6 @@
-"""Messages survive the wire, errors keep their class, backlogs merge without loss."""
+"""Messages survive the wire, errors keep their class."""
 
 import dataclasses
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,8 @@ from contracts.events import (
     FinishReason,
     PathTaken,
     PrefillStarted,
+    PromptLogprob,
+    PromptScores,
     RequestFailed,
     TokenLogprob,
     TokensOut,
@@ -38,9 +39,9 @@ from contracts.handoff import (
     Revoked,
 )
 from contracts.request import GenerationRequest
-from contracts.sampling import SamplingParams
+from contracts.sampling import Grammar, GrammarKind, ProcessorSpec, SamplingParams
 from contracts.worker import Role, WorkerInfo
-from rpc.backlog import Backlog, event_bytes, merged, packed
+from rpc.backlog import event_bytes
 from rpc.convert import (
     event_from_pb,
     event_to_pb,
@@ -48,17 +49,13 @@ from rpc.convert import (
     info_to_pb,
     load_from_pb,
     load_to_pb,
-    pack_ids,
     request_from_pb,
     submit_to_pb,
-    unpack_ids,
 )
 from rpc.convert_peer import decode_frame, from_decode_frame, from_prefill_frame, prefill_frame
 from rpc.errors import STATUS, error_named, error_of_call, kind_of, status_of
-from rpc.frames import FrameReader, FrameWriter
+from rpc.packing import pack_ids, unpack_ids
 from rpc.pb import worker_pb2 as pb
-from rpc.wire import MAX_FRAME_BYTES
-from tests.support.rpc_fakes import tokens
 
 U32 = st.integers(0, 2**32 - 1)
 U64 = st.integers(0, 2**64 - 1)
@@ -86,8 +83,24 @@ TOKENS = of(
     logprobs=st.lists(LOGPROB, max_size=3).map(tuple),
     finish=st.none() | st.sampled_from(FinishReason),
 )
+SCORES = of(
+    PromptScores,
+    request_id=TEXT,
+    attempt=U32,
+    position=U32,
+    entries=st.lists(
+        of(
+            PromptLogprob,
+            logprob=F32,
+            rank=U32,
+            top=st.lists(st.tuples(U32, F32), max_size=3).map(tuple),
+        ),
+        max_size=4,
+    ).map(tuple),
+)
 EVENTS: st.SearchStrategy[WorkerEvent] = st.one_of(
     TOKENS,
+    SCORES,
     of(PrefillStarted, request_id=TEXT, attempt=U32, kv_transfer_params=TEXT, cached_tokens=U32),
     of(Adopted, request_id=TEXT, attempt=U32, accepted=st.booleans(), reason=TEXT),
     of(
@@ -100,8 +113,21 @@ EVENTS: st.SearchStrategy[WorkerEvent] = st.one_of(
         num_descriptors=U64,
         read_s=F64,
     ),
-    of(RequestFailed, request_id=TEXT, attempt=U32, kind=TEXT, message=TEXT),
+    of(RequestFailed, request_id=TEXT, attempt=U32, kind=TEXT, message=TEXT, param=TEXT),
 )
+GRAMMARS = of(
+    Grammar,
+    kind=st.sampled_from(GrammarKind),
+    text=TEXT,
+    any_whitespace=st.booleans(),
+    closed_objects=st.booleans(),
+    whitespace_pattern=TEXT,
+    fallback=st.booleans(),
+    start_after=IDS,
+    end_token_ids=IDS,
+    opened_by=st.none() | U32,
+)
+PROCESSORS = of(ProcessorSpec, qualname=TEXT, args=st.none() | TEXT, kwargs=st.none() | TEXT)
 PARAMS = of(
     SamplingParams,
     max_tokens=U32,
@@ -113,6 +139,21 @@ PARAMS = of(
     eos_token_ids=IDS,
     stop_token_ids=IDS,
     logprobs=st.none() | U32,
+    min_p=F64,
+    repetition_penalty=F64,
+    frequency_penalty=F64,
+    presence_penalty=F64,
+    min_tokens=U32,
+    min_tokens_masked=IDS,
+    logit_bias=st.lists(st.tuples(U32, F64), max_size=3).map(tuple),
+    allowed_token_ids=IDS,
+    bad_words=st.lists(IDS, max_size=3).map(tuple),
+    grammar=st.none() | GRAMMARS,
+    processors=st.lists(PROCESSORS, max_size=2).map(tuple),
+    extra_args=TEXT,
+    prompt_logprobs=st.none() | U32,
+    beam=st.booleans(),
+    length_penalty=F64,
 )
 REQUESTS = of(
     GenerationRequest,
@@ -124,6 +165,9 @@ REQUESTS = of(
     finished=IDS,
     cache_salt=TEXT,
     deadline_s=st.none() | F64,
+    priority=st.integers(-(2**63), 2**63 - 1),
+    redraw=st.booleans(),
+    lease_ms=st.none() | U32,
 )
 INFOS = of(
     WorkerInfo,
@@ -246,6 +290,28 @@ def test_ids_are_little_endian_u32() -> None:
             id="alternatives",
         ),
         pytest.param(
+            event_from_pb,
+            pb.WorkerEvent(prompt_scores=pb.PromptScores(logprobs=[-1.0])),
+            id="ranks",
+        ),
+        pytest.param(
+            event_from_pb,
+            pb.WorkerEvent(
+                prompt_scores=pb.PromptScores(
+                    logprobs=[-1.0], ranks=b"\1\0\0\0", num_top=b"\1\0\0\0"
+                )
+            ),
+            id="scored-alternatives",
+        ),
+        pytest.param(
+            request_from_pb,
+            pb.Submit(params=pb.SamplingParams(grammar=pb.Grammar(kind="latin"))),
+            id="grammar",
+        ),
+        pytest.param(
+            request_from_pb, pb.Submit(params=pb.SamplingParams(biases=[1.0])), id="biases"
+        ),
+        pytest.param(
             from_prefill_frame,
             pb.PrefillFrame(granted=pb.ClaimGranted(generations=[4])),
             id="generations",
@@ -295,117 +361,3 @@ def test_strangers_statuses_become_our_errors() -> None:
     for code in grpc.StatusCode:
         assert str(of_status(code)) == code.name
     assert str(error_named("NewError", "x")) == "NewError: x"
-
-
-@st.composite
-def streams(draw: st.DrawFn) -> list[WorkerEvent]:
-    """Events as an engine makes them: tokens of a few choices, with other events between."""
-    events: list[WorkerEvent] = []
-    positions: dict[tuple[str, int], int] = {}
-    with_logprobs = draw(st.booleans())
-    for _ in range(draw(st.integers(0, 30))):
-        name = draw(st.sampled_from("ab"))
-        if draw(st.integers(0, 7)) == 0:
-            events.append(PathTaken(name, 0, "local"))  # type: ignore[arg-type]
-            continue
-        choice = draw(st.integers(0, 1))
-        start = positions.get((name, choice), 0) + draw(st.sampled_from([0, 0, 0, 1]))
-        ids = draw(st.lists(st.integers(0, 9), max_size=2))
-        positions[name, choice] = start + len(ids)
-        out = tokens(name, start, ids, choice)
-        if with_logprobs:
-            out = dataclasses.replace(out, logprobs=tuple(TokenLogprob(-1.0) for _ in ids))
-        if draw(st.integers(0, 9)) == 0:
-            out = dataclasses.replace(out, finish=FinishReason.STOP)
-        events.append(out)
-    return events
-
-
-Told = tuple[Any, ...]
-
-
-def told(events: list[WorkerEvent], name: str, choice: int) -> list[Told]:
-    """What a router learns of one choice, token by token."""
-    result: list[Told] = []
-    for event in events:
-        if event.request_id != name:
-            continue
-        if not isinstance(event, TokensOut):
-            result.append(("event", event))
-        elif event.choice == choice:
-            for index, token_id in enumerate(event.token_ids):
-                logprob = event.logprobs[index] if event.logprobs else None
-                result.append(("token", event.position + index, token_id, logprob))
-            if event.finish is not None:
-                result.append(("finish", event.finish))
-    return result
-
-
-@given(streams())
-def test_merging_changes_nothing_that_a_router_learns(events: list[WorkerEvent]) -> None:
-    short = merged(events)
-    for name in "ab":
-        for choice in (0, 1):
-            assert told(short, name, choice) == told(events, name, choice)
-    assert len(short) <= len(events)
-    assert merged(short) == short
-
-
-def test_a_blocked_choice_becomes_one_event() -> None:
-    events: list[WorkerEvent] = []
-    for step in range(100):
-        events += [tokens("a", step, [step]), tokens("b", step, [1]), tokens("a", step, [2], 1)]
-    assert merged(events) == [
-        tokens("a", 0, range(100)),
-        tokens("b", 0, [1] * 100),
-        tokens("a", 0, [2] * 100, 1),
-    ]
-    other_attempt = [tokens("a", 0, [1]), tokens("a", 1, [2], attempt=1)]
-    assert merged(list(other_attempt)) == other_attempt
-
-
-@given(st.lists(st.integers(1, 120), max_size=20))
-def test_packing_keeps_order_and_size(sizes: list[int]) -> None:
-    runs = list(packed(range(len(sizes)), sizes, 100))
-    assert [item for run in runs for item in run] == list(range(len(sizes)))
-    for run in runs:
-        assert len(run) == 1 or sum(sizes[item] for item in run) <= 100
-    for left, right in itertools.pairwise(runs):
-        assert sum(sizes[item] for item in left) + sizes[right[0]] > 100
-
-
-def test_a_backlog_is_bounded() -> None:
-    backlog = Backlog[int](max_bytes=10, max_items=3)
-    backlog.add(1, 9)
-    with pytest.raises(Unavailable, match="does not keep up"):
-        backlog.add(2, 2)
-    assert backlog.take() == ([1], [9])
-    for item in range(3):
-        backlog.add(item, 0)
-    with pytest.raises(Unavailable, match="3 messages"):
-        backlog.add(4, 0)
-    assert len(backlog) == 3
-
-
-@given(st.integers(0, 3 * MAX_FRAME_BYTES))
-def test_frames_survive_being_cut(length: int) -> None:
-    adopt = pb.Adopt(kv_transfer_params="x" * length)
-    writer, reader = FrameWriter(), FrameReader()
-    for number in range(2):
-        sent = pb.RouterFrame(adopts=[adopt], aborts=[pb.Abort(attempt=number)])
-        frames = list(writer.numbered(sent))
-        assert all(frame.ByteSize() <= MAX_FRAME_BYTES for frame in frames)
-        received = [reader.accept(frame) for frame in frames]
-        assert received[:-1] == [None] * (len(frames) - 1)
-        assert received[-1] is not None
-        assert received[-1].adopts == sent.adopts
-        assert received[-1].aborts == sent.aborts
-
-
-def test_torn_pieces_are_refused() -> None:
-    reader = FrameReader()
-    assert reader.accept(pb.RouterFrame(sequence=0, piece=b"\xff", more_pieces=True)) is None
-    with pytest.raises(InvalidRequest, match="between the pieces"):
-        reader.accept(pb.RouterFrame(sequence=1))
-    with pytest.raises(InvalidRequest, match="no frame"):
-        reader.accept(pb.RouterFrame(sequence=2, piece=b"\xff"))

@@ -9,12 +9,18 @@ import torch
 
 from contracts.sampling import SamplingParams
 from engine.noise import draw_key, gumbel
-from engine.plan import SampleSlot
-from engine.sampler import sample
+from engine.plan import Sampled, SampleSlot
+from engine.sampler import prompt_scores
+from engine.sampler import sample as sample_with
+from engine.sampling_state import SamplingStates
 
 
 def slot(position: int = 0, choice: int = 0, **params: Any) -> SampleSlot:
     return SampleSlot(choice, position, SamplingParams(max_tokens=9, **params))
+
+
+def sample(logits: torch.Tensor, rows: list[int], slots: list[SampleSlot]) -> list[Sampled]:
+    return sample_with(logits, rows, slots, SamplingStates())
 
 
 def draws(logits: torch.Tensor, count: int, **params: Any) -> Counter[int]:
@@ -109,3 +115,67 @@ def test_logprobs_are_of_the_models_own_logits() -> None:
     zero = sample(logits, [0], [slot(temperature=0.0, logprobs=0)])[0].logprob
     assert zero is not None
     assert zero.top == ()
+
+
+def test_min_p_drops_what_is_far_below_the_best() -> None:
+    logits = torch.log(torch.tensor([[0.1, 0.4, 0.2, 0.25, 0.05]]))
+    assert set(draws(logits, 2000, min_p=0.3)) == {1, 2, 3}  # at least 0.12
+    assert set(draws(logits, 2000, min_p=1.0)) == {1}
+    assert set(draws(logits, 3000, min_p=0.0)) == {0, 1, 2, 3, 4}
+    assert set(draws(logits, 2000, min_p=0.3, top_k=2)) == {1, 3}
+    # After temperature: 0.4 becomes 0.49, 0.25 becomes 0.19 of the squares' sum.
+    assert set(draws(logits, 2000, min_p=0.3, temperature=0.5)) == {1, 3}
+
+
+def test_ties_among_the_best_go_by_id() -> None:
+    logits = torch.zeros((1, 400))
+    logits[0, 390] = 1.0
+    found = sample(logits, [0], [slot(temperature=0.0, logprobs=5)])[0].logprob
+    assert found is not None
+    assert [token for token, _ in found.top] == [390, 0, 1, 2, 3]
+    logits = torch.randint(0, 4, (6, 1000)).float()
+    for row in range(6):
+        found = sample(logits, [row], [slot(temperature=0.0, logprobs=40)])[0].logprob
+        assert found is not None
+        order = torch.sort(logits[row], descending=True, stable=True).indices[:40]
+        assert [token for token, _ in found.top] == order.tolist()
+
+
+def test_a_beam_gets_the_candidates_of_the_models_own_logits() -> None:
+    logits = torch.tensor([[1.0, 2.0, 0.5, 2.0, 0.0, -1.0, 3.0]])
+    params: dict[str, Any] = {"temperature": 0.7, "top_k": 1, "logit_bias": ((0, 50.0),)}
+    found = sample(logits, [0], [slot(beam=True, n=2, **params)])[0]
+    assert found.token_id == 6
+    assert found.logprob is not None
+    assert [token for token, _ in found.logprob.top] == [6, 1, 3, 0]
+    truth = torch.log_softmax(logits[0], dim=-1)
+    assert found.logprob.top[2][1] == pytest.approx(float(truth[3]))
+    wider = sample(logits, [0], [slot(beam=True, n=2, logprobs=6)])[0].logprob
+    assert wider is not None
+    assert len(wider.top) == 6
+    whole = sample(logits, [0], [slot(beam=True, n=9)])[0].logprob
+    assert whole is not None
+    assert len(whole.top) == 7
+
+
+@pytest.mark.parametrize("k", [0, 3, 1000])
+def test_prompt_scores(k: int) -> None:
+    torch.manual_seed(3)
+    logits = torch.randn((5, 300))
+    logits[0, 7] = logits[0, 9] = 6.0
+    ids = (9, 0, 299, 5, 5)
+    entries = prompt_scores(logits, ids, k)
+    truth = torch.log_softmax(logits, dim=-1)
+    for row, (entry, token) in enumerate(zip(entries, ids, strict=True)):
+        assert entry.logprob == pytest.approx(float(truth[row, token]))
+        assert entry.rank == 1 + int((truth[row] > truth[row, token]).sum())
+        order = torch.sort(truth[row], descending=True, stable=True).indices[:k].tolist()
+        assert [one for one, _ in entry.top] == order
+    assert entries[0].rank == 1, "as good as the best"
+
+
+def test_prompt_scores_are_the_same_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn((7, 64), generator=torch.Generator().manual_seed(1))
+    whole = prompt_scores(logits, tuple(range(7)), 2)
+    monkeypatch.setattr("engine.sampler.PIECE", 130)
+    assert prompt_scores(logits, tuple(range(7)), 2) == whole

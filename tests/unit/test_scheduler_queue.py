@@ -1,15 +1,19 @@
 """Who goes first when memory or places are short: the queue, the running, arriving handoffs."""
 
+from dataclasses import replace
+
 import pytest
 
 from contracts.errors import InvalidRequest, OutOfBlocks
-from contracts.events import TokensOut
+from contracts.events import PromptScores, RequestFailed, TokensOut
 from contracts.ids import RequestId
 from contracts.request import GenerationRequest
 from contracts.sampling import SamplingParams
 from engine.block_pool import BlockPool
 from engine.generations import GenerationWords
+from engine.plan import Sampled, StepResult
 from engine.scheduler import Scheduler, SchedulerConfig
+from engine.sequence import extend_keys
 from tests.support.paged_oracle import PagedOracle, next_token
 
 BLOCK, BLOCKS = 4, 16
@@ -103,3 +107,119 @@ def test_a_replay_longer_than_the_context_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="70 tokens"):
         scheduler.add(replay, export=False)
     assert not scheduler.has_work
+
+
+def finished(scheduler: Scheduler, oracle: PagedOracle) -> list[str]:
+    """Run to the end: the requests in the order in which they finish."""
+    order: list[str] = []
+    while scheduler.has_work:
+        step = scheduler.schedule()
+        scheduler.commit(step, oracle.compute(step))
+        order += [
+            event.request_id
+            for event in scheduler.take_events()
+            if isinstance(event, TokensOut) and event.finish is not None
+        ]
+    return order
+
+
+def test_the_queue_is_by_priority_then_arrival() -> None:
+    scheduler = scheduler_of(max_running=1)
+    for name, priority in (("a", 0), ("b", 2), ("c", -3), ("d", 0), ("e", -(2**63))):
+        request = replace(request_of(name, 3, new=2), priority=priority)
+        scheduler.add(request, export=False)
+    assert finished(scheduler, PagedOracle(BLOCKS, BLOCK)) == ["e", "c", "a", "d", "b"]
+
+
+def test_the_victim_of_a_preemption_is_the_least_urgent() -> None:
+    """The one that came first gives way, for its number is larger."""
+    scheduler = scheduler_of()
+    oracle = PagedOracle(BLOCKS, BLOCK)
+    for name, priority in (("first", 1), ("second", 0), ("third", 0)):
+        request = replace(request_of(name, 20, new=20), priority=priority)
+        scheduler.add(request, export=False)
+    assert finished(scheduler, oracle) == ["second", "third", "first"]
+    assert scheduler.preemptions > 0
+
+
+def test_an_urgent_handoff_does_not_wait_for_a_patient_head() -> None:
+    scheduler = scheduler_of()
+    held = scheduler.pool.allocate(BLOCKS - 4)
+    scheduler.add(request_of("big", 30), export=False)
+    for _ in range(40):
+        plan(scheduler)
+    with pytest.raises(OutOfBlocks):
+        scheduler.reserve(request_of("equal", 3))
+    urgent = scheduler.reserve(replace(request_of("urgent", 3), priority=-1))
+    scheduler.unreserve(urgent)
+    scheduler.pool.release(held)
+
+
+@pytest.mark.parametrize("length", [1, 4, 7, 8])
+def test_a_redrawn_prompt_is_cached_once_it_is_computed(length: int) -> None:
+    """Its last token is written here, so nobody may share that block before (F3)."""
+    scheduler = scheduler_of()
+    oracle = PagedOracle(BLOCKS, BLOCK)
+    request = replace(request_of("r", length, new=3), redraw=True)
+    keys: list[bytes] = []
+    extend_keys(keys, list(request.prompt_ids), BLOCK, "", length // BLOCK)
+    for turn in range(2):
+        reservation = scheduler.reserve(request)
+        assert reservation.num_hits == ((length - 1) // BLOCK if turn else 0)
+        for position, token in enumerate(request.prompt_ids[:-1]):
+            block = reservation.blocks[position // BLOCK]
+            oracle.slots[block][position % BLOCK] = (position, token)
+        scheduler.adopt(reservation)
+        known = len(scheduler.pool.lookup(keys))
+        assert known == (length // BLOCK if turn else (length - 1) // BLOCK)
+        assert finished(scheduler, oracle) == ["r"]
+        assert len(scheduler.pool.lookup(keys)) == length // BLOCK
+    assert scheduler.computed_prompt_tokens == 2
+    assert scheduler.pool.ledger().idle
+
+
+def test_scored_prompts_share_a_bound_on_rows() -> None:
+    """Each scored token needs a row of logits: at most 256 in a step, whoever asks."""
+    blocks = 300
+    pool = BlockPool(blocks, GenerationWords(blocks, incarnation=1))
+    scheduler = Scheduler(SchedulerConfig(block_size=BLOCK, max_model_len=1000), pool)
+    oracle = PagedOracle(blocks, BLOCK)
+    names = ["a", "b", "c"]
+    for name in names:
+        request = request_of(name, 300, new=2)
+        scored = replace(request.params, prompt_logprobs=0)
+        scheduler.add(replace(request, params=scored), export=False)
+    scheduler.add(request_of("plain", 50, new=2), export=False)
+    told = dict.fromkeys(names, 0)
+    while scheduler.has_work:
+        step = scheduler.schedule()
+        assert sum(len(chunk.scored_ids) for chunk in step.chunks) <= 256
+        scheduler.commit(step, oracle.compute(step))
+        for event in scheduler.take_events():
+            if isinstance(event, PromptScores):
+                assert event.position == told[event.request_id] + 1
+                told[event.request_id] += len(event.entries)
+    assert set(told.values()) == {299}
+
+
+def test_a_failed_draw_ends_its_request_only() -> None:
+    scheduler = scheduler_of()
+    oracle = PagedOracle(BLOCKS, BLOCK)
+    several = request_of("several", 5, new=9)
+    several = replace(several, params=replace(several.params, n=3))
+    scheduler.add(several, export=False)
+    scheduler.add(request_of("other", 5, new=9), export=False)
+    for _ in range(3):
+        step = scheduler.schedule()
+        scheduler.commit(step, oracle.compute(step))
+    scheduler.take_events()
+    step = scheduler.schedule()
+    drawn = list(oracle.compute(step).sampled)
+    drawn[1] = Sampled(0, error="no")
+    scheduler.commit(step, StepResult(tuple(drawn)))
+    events = scheduler.take_events()
+    failures = [event for event in events if isinstance(event, RequestFailed)]
+    assert failures == [RequestFailed(several.request_id, 0, "EngineFailure", "no")]
+    assert [e.request_id for e in events[events.index(failures[0]) + 1 :]] == ["other"]
+    assert finished(scheduler, oracle) == ["other"]
+    assert scheduler.pool.ledger().idle
