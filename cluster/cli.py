@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from cluster.flags import add_api, add_engine, add_http, add_processors
 from contracts.errors import ConfigurationError, ServingError
 
 _EPILOG = """Every setting can also come from a YAML file (--config) or from the environment
@@ -96,28 +97,6 @@ def _add_model(parser: argparse.ArgumentParser, *, optional: bool = False) -> No
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings as YAML")
 
 
-def _add_engine(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("engine")
-    group.add_argument("--device", metavar="DEV", help="auto (default), cpu, cuda or cuda:N")
-    group.add_argument(
-        "--dtype", metavar="TYPE", help="auto (default), float32, bfloat16 or float16"
-    )
-    group.add_argument("--max-model-len", metavar="N", help="tokens of prompt and answer together")
-    group.add_argument("--block-size", metavar="N", help="tokens in a KV block (default 16)")
-    group.add_argument(
-        "--kv-memory", metavar="SIZE", help="KV cache of each worker: bytes, 512MiB, 2GB"
-    )
-    group.add_argument("--num-threads", metavar="N", help="CPU threads of each worker")
-
-
-def _add_http(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("HTTP")
-    group.add_argument("--host", help="address to listen on (default 127.0.0.1)")
-    group.add_argument("--port", help="port to listen on (default 8000; 0: any free one)")
-    group.add_argument("--served-model-name", metavar="NAME", help="what clients call the model")
-    group.add_argument("--api-keys", metavar="KEY,...", help="clients need one of these keys")
-
-
 def _add_key(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cluster-key-file",
@@ -160,8 +139,9 @@ def _add_serve(commands: Any) -> None:
         const=True,
         help="decode workers alone, which prefill, too",
     )
-    _add_engine(parser)
-    _add_http(parser)
+    add_engine(parser)
+    add_http(parser)
+    add_api(parser)
 
 
 def _add_worker(commands: Any) -> None:
@@ -175,7 +155,8 @@ def _add_worker(commands: Any) -> None:
     )
     parser.add_argument("role", choices=["prefill", "decode"])
     _add_model(parser)
-    _add_engine(parser)
+    add_engine(parser)
+    add_processors(parser)
     parser.add_argument("--host", help="address to listen on (default 127.0.0.1)")
     parser.add_argument(
         "--port", type=int, default=0, dest="worker_port", help="gRPC port (default: any free one)"
@@ -212,7 +193,8 @@ def _add_router(commands: Any) -> None:
         "--decode", required=True, dest="decode_at", metavar="HOST:PORT,...", help="decode workers"
     )
     parser.add_argument("--max-model-len", metavar="N", help="tokens (default: the workers')")
-    _add_http(parser)
+    add_http(parser)
+    add_api(parser)
     _add_drain(parser)
     _add_key(parser)
 
@@ -285,7 +267,7 @@ def _serve(args: argparse.Namespace) -> int:
     from cluster.demo_model import ensure_demo_model
 
     folder = args.demo_dir or Path.home() / ".cache" / "baton" / "demo"
-    name = args.served_model_name or "demo"
+    name = args.served_model_name or ["demo"]
     settings = _settings(args, model=str(ensure_demo_model(folder)), served_model_name=name)
     return serve(settings, timings=args.timings)
 

@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from cluster.demo_template import CHAT_TEMPLATE, MARKERS
 from contracts.errors import ConfigurationError
 
-RECIPE = 1  # raise it with any change to what is built: old folders are then rebuilt
+RECIPE = 2  # raise it with any change to what is built: old folders are then rebuilt
 MARKER = "baton_demo.json"
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2
 VOCAB_SIZE = 2048
@@ -61,12 +62,7 @@ TOKENIZER_CONFIG: dict[str, object] = {
     "eos_token": "<|im_end|>",
     "pad_token": "<|endoftext|>",
     "clean_up_tokenization_spaces": False,
-    "chat_template": (
-        "{%- for message in messages -%}"
-        "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
-        "{%- endfor -%}"
-        "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
-    ),
+    "chat_template": CHAT_TEMPLATE,
 }
 README = """# Baton's demo model
 
@@ -216,6 +212,7 @@ def _weights() -> dict[str, NDArray[np.float32]]:
     weights["model.norm.weight"] = constant(HIDDEN)
     head = matrix(VOCAB_SIZE, HIDDEN, gain=3.0)
     head[: len(SPECIAL_TOKENS) + 256] = 0.0  # rarely an end, rarely a lone byte: words instead
+    head[-len(MARKERS) :] = 0.0  # calls and thoughts come from forced tokens only
     weights["lm_head.weight"] = head
     return weights
 
@@ -223,13 +220,13 @@ def _weights() -> dict[str, NDArray[np.float32]]:
 def _write_tokenizer(path: Path) -> None:
     """Byte-level BPE, trained here on the text above; ties break by id, so it is deterministic."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=VOCAB_SIZE - len(MARKERS),
         min_frequency=0,
         show_progress=False,
         special_tokens=list(SPECIAL_TOKENS),
@@ -237,6 +234,7 @@ def _write_tokenizer(path: Path) -> None:
     )
     forms = " ".join(stem + ending for stem in STEMS.split() for ending in ENDINGS)
     tokenizer.train_from_iterator([PROSE, forms], trainer=trainer)
+    tokenizer.add_tokens([AddedToken(marker, normalized=False) for marker in MARKERS])
     if tokenizer.get_vocab_size() != VOCAB_SIZE:
         raise AssertionError(f"the text gives {tokenizer.get_vocab_size()} tokens only")
     tokenizer.save(str(path))

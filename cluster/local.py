@@ -156,7 +156,7 @@ class _Launcher:
             f"baton ready url={url} model={cluster.served_model_name} ({pools} on {cluster.device},"
             f" {cluster.dtype}, {gib(cluster.kv_memory_bytes)} KV cache each, {seconds:.1f} s)"
         )
-        key = " -H 'Authorization: Bearer YOUR_KEY'" if settings.api_keys else ""
+        key = " -H 'Authorization: Bearer YOUR_KEY'" if cluster.front.api_keys else ""
         print(
             f"curl -N {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d"
             f' \'{{"model": "{cluster.served_model_name}", "stream": true, "max_tokens": 32,'

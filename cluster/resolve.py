@@ -14,9 +14,9 @@ How defaults are chosen:
 
 import secrets
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from cluster.checkpoint import Checkpoint, find_model, read_checkpoint
+from cluster.front import Front, resolve_front
 from cluster.machine import Machine
 from cluster.settings import ClusterSettings, read_cluster_key
 from contracts.errors import ConfigurationError
@@ -33,11 +33,11 @@ _PROCESS_BYTES = 400 << 20  # a worker without weights and cache: torch, transfo
 
 @dataclass(frozen=True, slots=True)
 class ResolvedCluster:
-    """A cluster with nothing left to find out. Holds the cluster key: never log it."""
+    """A cluster with nothing left to find out. Holds keys: never log it."""
 
     settings: ClusterSettings
     model_path: str
-    served_model_name: str
+    front: Front
     cluster_key: str
     device: str
     dtype: str
@@ -47,6 +47,11 @@ class ResolvedCluster:
     worker_gpus: float  # what Ray reserves for each worker
     local: bool  # all on this machine, on its loopback address
     weight_bytes: int = 0  # of each worker, as loaded
+
+    @property
+    def served_model_name(self) -> str:
+        """The name that answers carry."""
+        return self.front.names[0]
 
     @property
     def prefill(self) -> int:
@@ -91,13 +96,12 @@ class ResolvedCluster:
             lease_ms=settings.lease_ms,
             read_timeout_ms=settings.read_timeout_ms,
             check_ledger=settings.check_ledger,
+            logits_processor_pattern=settings.logits_processor_pattern,
         )
 
     def router_config(self) -> RouterConfig:
         """The configuration of the router replicas."""
-        return _router_config(
-            self.settings, self.model_path, self.served_model_name, self.cluster_key
-        )
+        return self.front.router_config(self.settings, self.model_path, self.cluster_key)
 
 
 def resolve(
@@ -140,7 +144,7 @@ def resolve(
     return ResolvedCluster(
         settings=settings,
         model_path=str(checkpoint.path),
-        served_model_name=_name(settings, checkpoint.path),
+        front=resolve_front(settings, checkpoint.path),
         cluster_key=key or secrets.token_hex(32),
         device=device,
         dtype=dtype,
@@ -163,32 +167,7 @@ def resolve_router(settings: ClusterSettings) -> RouterConfig:
     key = read_cluster_key(settings.cluster_key, settings.cluster_key_file)
     if key is None:
         raise ConfigurationError("a router needs the cluster key of its workers")
-    return _router_config(settings, str(path), _name(settings, path), key)
-
-
-def _router_config(
-    settings: ClusterSettings, model_path: str, name: str, cluster_key: str
-) -> RouterConfig:
-    return RouterConfig(
-        model_path=model_path,
-        served_model_name=name,
-        cluster_key=cluster_key,
-        model_aliases=settings.model_aliases,
-        max_model_len=settings.max_model_len,  # None: the least of the workers'
-        api_keys=settings.api_keys,
-        allowed_origins=settings.allowed_origins,
-        aggregated=settings.aggregated,
-        max_inflight=settings.max_inflight,
-    )
-
-
-def _name(settings: ClusterSettings, path: Path) -> str:
-    """What clients call the model: as set, else a hub id itself, else the folder's last part."""
-    if settings.served_model_name is not None:
-        return settings.served_model_name
-    looks_like_id = settings.model.count("/") == 1 and settings.model[0] not in "./~"
-    is_id = looks_like_id and not Path(settings.model).is_dir()
-    return settings.model if is_id else path.name
+    return resolve_front(settings, path).router_config(settings, str(path), key)
 
 
 def _device(settings: ClusterSettings, machine: Machine, *, check: bool) -> str:

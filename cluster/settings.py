@@ -1,21 +1,24 @@
 """The one settings model: from flags, the environment (`BATON_*`, read here only) and a YAML file.
 
 A setting given twice comes from the first of: flag, environment, file, default. Unknown keys are
-errors everywhere. `cluster.resolve` turns settings into values with every default found.
+errors everywhere; dashes and underscores in them are the same. `cluster.resolve` turns settings
+into values with every default found.
 """
 
 import difflib
+import json
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from contracts.errors import ConfigurationError
 
 PREFIX = "BATON_"
+_ALIASES = {"api_key": "api_keys"}  # vLLM's name
 _FOREIGN = ("BATON_LOG_LEVEL", "BATON_TEST_", "BATON_BENCH_")  # not settings
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
@@ -40,13 +43,45 @@ def parse_bytes(value: object) -> int:
     return size
 
 
-def _words(value: object) -> object:
-    """A comma-separated text as a list (for flags and the environment)."""
-    return tuple(filter(None, value.split(","))) if isinstance(value, str) else value
+def split_words(value: Any) -> Any:
+    """A comma-separated text, or a JSON list, as a list (for flags and the environment)."""
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("["):
+        return _json(value)
+    return tuple(filter(None, (word.strip() for word in value.split(","))))
 
 
+def _json(value: object) -> object:
+    """A JSON text as what it says; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"not valid JSON: {error}") from None
+
+
+def _pattern(value: str) -> str:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"not a regular expression: {error}") from None
+    return value
+
+
+def _on(value: bool) -> bool:
+    if not value:
+        raise ValueError("it cannot be switched off; clients choose with tool_choice")
+    return value
+
+
+On = Annotated[bool, AfterValidator(_on)]
 Size = Annotated[int, BeforeValidator(parse_bytes)]
-Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
+Word = Annotated[str, Field(min_length=1)]
+Words = Annotated[tuple[Word, ...], BeforeValidator(split_words)]
+JsonObject = Annotated[dict[str, Any], BeforeValidator(_json)]
+Pattern = Annotated[str, AfterValidator(_pattern)]
 
 
 class ClusterSettings(BaseModel):
@@ -55,8 +90,8 @@ class ClusterSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str = Field(min_length=1, description="a model folder, or a hub id (org/name)")
-    served_model_name: str | None = Field(default=None, min_length=1)
-    model_aliases: Words = ()
+    served_model_name: Words = ()  # the first is shown in answers, all may be asked for
+    model_aliases: Words = ()  # further ones
     app_name: str = Field(default="baton", pattern=r"^[a-z][a-z0-9-]{0,40}$")
 
     prefill: int = Field(default=1, ge=1, le=1024)
@@ -66,9 +101,30 @@ class ClusterSettings(BaseModel):
 
     host: str = Field(default="127.0.0.1", min_length=1)
     port: int = Field(default=8000, ge=0, le=65535)  # 0: any free one
-    api_keys: Words = ()
+    api_keys: Words = Field(default=(), repr=False)
+    api_key_file: str | None = None  # one key a line
     allowed_origins: Words = ("*",)
+    allowed_methods: Words = ("*",)
+    allowed_headers: Words = ("*",)
+    allow_credentials: bool = False
+    disable_fastapi_docs: bool = False  # no /openapi.json
+    enable_render: bool = True  # /v1/*/render: prompts and parameters, without an answer
     max_inflight: int = Field(default=4096, ge=1)
+    max_body_bytes: Size = 32 << 20
+    max_batch: int = Field(default=64, ge=1)  # prompts in one completion request
+
+    chat_template: str | None = Field(default=None, min_length=1)  # a file, or the template itself
+    trust_request_chat_template: bool = False
+    enable_auto_tool_choice: On = True  # for vLLM's users: it always is
+    tool_call_parser: str | None = Field(default=None, min_length=1)  # none: off
+    reasoning_parser: str | None = Field(default=None, min_length=1)  # none: off
+    exclude_tools_when_tool_choice_none: bool = False
+    logits_processor_pattern: Pattern = ""  # of allowed qualified names, whole; empty: none
+    max_logprobs: int = Field(default=20, ge=-1)  # -1: the whole vocabulary
+    return_tokens_as_token_ids: bool = False
+    generation_config: str = Field(default="auto", min_length=1)  # auto, vllm (none), or a folder
+    override_generation_config: JsonObject = {}
+    enable_kv_transfer_params: bool = False  # clients may drive P and D themselves
 
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -109,8 +165,12 @@ def load_settings(
     sources: dict[str, str] = {}
 
     def take(more: Mapping[str, object], source: str) -> None:
-        for key, value in more.items():
+        for name, value in more.items():
+            key = name.replace("-", "_")
+            key = _ALIASES.get(key, key)
             _check_known(key, source)
+            if sources.get(key) == source:
+                raise ConfigurationError(f"{key} is set twice in {source}")
             values[key] = value
             sources[key] = source
 

@@ -1,9 +1,7 @@
-"""The HTTP shell: routes decode, call, and encode."""
+"""The HTTP application: one line a route; what a route does is in `router.endpoints`."""
 
-import asyncio
-import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,28 +9,28 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
-from contracts.errors import EngineFailure, NotFound, ServingError
+from contracts.errors import EngineFailure, ServingError
 from contracts.worker import Role, WorkerAddress
-from router.body import check_media_type, parse_object, read_body
-from router.chat import ChatCall, ChatService
+from router.chat import ChatService
 from router.config import RouterConfig
 from router.directory import WorkerDirectory
-from router.disconnect import ClientGone, unless_disconnected
-from router.http_errors import body_of, encode, error_body, headers_of, status_of
+from router.endpoints import responses_api
+from router.endpoints.calls import error_response, json_response, run_call, run_plain
+from router.endpoints.chat import check_chat, render_chat
+from router.endpoints.completions import check_completion, render_completion
+from router.endpoints.models import model_card, model_list
+from router.endpoints.openapi import openapi_document
+from router.endpoints.tokenize import detokenize, tokenize
+from router.http_errors import error_body
 from router.metrics import RouterMetrics
 from router.middleware import ApiKeyMiddleware, RequestIdMiddleware
 from router.prompt import ChatPrompts
-from router.request import Generation
-from router.responses import Answer, version
-from router.sse import ChunkEncoder, EventStream
+from router.responses import version
 from router.workers import Listener, OpenSession, Session, WorkerPool
 
-logger = logging.getLogger(__name__)
-
-_CLIENT_CLOSED = 499  # nobody reads it; for the access log
+Route = Callable[[Request], Awaitable[Response]]
 
 
 async def open_grpc_session(
@@ -70,6 +68,7 @@ def create_app(
     """
     prompts = ChatPrompts.load(
         config.model_path,
+        chat_template=config.chat_template,
         inline_chars=config.inline_prompt_chars,
         timeout_s=config.template_timeout_s,
     )
@@ -80,7 +79,7 @@ def create_app(
             directory, open_session, router_id=config.router_id, cluster_key=config.cluster_key
         )
         metrics = RouterMetrics(config.served_model_name)
-        app.state.routes = _Routes(ChatService(config, prompts, pool, metrics), int(time.time()))
+        app.state.serving = _Serving(ChatService(config, prompts, pool, metrics), int(time.time()))
         pool.start()
         try:
             yield
@@ -88,66 +87,163 @@ def create_app(
             await pool.close()
             prompts.close()
 
-    app = FastAPI(title="Baton", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="Baton",
+        lifespan=lifespan,
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
     if config.api_keys:
         app.add_middleware(ApiKeyMiddleware, keys=config.api_keys)
     app.add_middleware(
         CORSMiddleware,
         allow_origins=list(config.allowed_origins),
-        allow_methods=["*"],
-        allow_headers=["*"],
+        allow_methods=list(config.allowed_methods),
+        allow_headers=list(config.allowed_headers),
+        allow_credentials=config.allow_credentials,
+        expose_headers=["X-Request-Id"],
     )
     app.add_middleware(RequestIdMiddleware)
     app.add_exception_handler(ServingError, _on_serving_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
-    _add_routes(app)
+    app.add_exception_handler(Exception, _on_bug)
+    for path, route, methods in _routes(config):
+        app.add_route(path, route, methods=methods)
     return app
 
 
-def _add_routes(app: FastAPI) -> None:
-    async def models(request: Request) -> Response:
-        return JSONResponse(_routes(request).models())
+@dataclass(frozen=True, slots=True)
+class _Serving:
+    """What the routes need; `started` (Unix seconds) is when this replica did."""
 
-    async def model(request: Request) -> Response:
-        return JSONResponse(_routes(request).model(request.path_params["model_id"]))
+    service: ChatService
+    started: int
 
-    async def health(request: Request) -> Response:
-        return Response(status_code=200 if _routes(request).healthy() else 503)
 
-    async def metrics(request: Request) -> Response:
-        text = _routes(request).metrics()
-        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+def _serving(request: Request) -> _Serving:
+    serving: _Serving = request.app.state.serving
+    return serving
 
-    async def version_route(request: Request) -> Response:
-        return JSONResponse({"version": version()})
 
-    async def ping(request: Request) -> Response:
-        return Response(status_code=200)
+def _routes(config: RouterConfig) -> list[tuple[str, Route, list[str]]]:
+    """Paths, what they do, methods. `router.endpoints.openapi` tells the same to clients."""
+    document = openapi_document(config)
 
-    async def chat(request: Request) -> Response:
-        return await _routes(request).chat(request)
+    async def openapi(request: Request) -> Response:
+        return json_response(document)
 
-    table: list[tuple[str, Callable[[Request], Any], list[str]]] = [
-        ("/v1/chat/completions", chat, ["POST"]),
-        ("/v1/models", models, ["GET"]),
-        ("/v1/models/{model_id:path}", model, ["GET"]),
-        ("/health", health, ["GET"]),
-        ("/metrics", metrics, ["GET"]),
-        ("/version", version_route, ["GET"]),
-        ("/ping", ping, ["GET", "POST"]),
+    found: list[tuple[str, Route, list[str]]] = [
+        ("/v1/chat/completions", _chat, ["POST"]),
+        ("/v1/completions", _completions, ["POST"]),
+        ("/v1/responses", _responses, ["POST"]),
+        ("/v1/responses/{response_id}", _stored_response, ["GET", "DELETE"]),
+        ("/v1/responses/{response_id}/cancel", _stored_response, ["POST"]),
+        ("/v1/responses/{response_id}/input_items", _stored_response, ["GET"]),
+        ("/v1/models", _models, ["GET"]),
+        ("/v1/models/{model_id:path}", _model, ["GET"]),
+        ("/tokenize", _plain(tokenize), ["POST"]),
+        ("/detokenize", _plain(detokenize), ["POST"]),
+        ("/health", _health, ["GET"]),
+        ("/load", _load, ["GET"]),
+        ("/metrics", _metrics, ["GET"]),
+        ("/ping", _ping, ["GET", "POST"]),
+        ("/version", _version, ["GET"]),
     ]
-    for path, endpoint, methods in table:
-        app.add_route(path, endpoint, methods=methods)
+    if config.enable_render:
+        found += [
+            ("/v1/chat/completions/render", _plain(render_chat), ["POST"]),
+            ("/v1/completions/render", _plain(render_completion), ["POST"]),
+        ]
+    if config.enable_openapi:
+        found.append(("/openapi.json", openapi, ["GET"]))
+    return found
 
 
-def _routes(request: Request) -> "_Routes":
-    routes: _Routes = request.app.state.routes
-    return routes
+# What generates
+
+
+async def _chat(request: Request) -> Response:
+    service = _serving(request).service
+    return await run_call(request, service, lambda body, id_: check_chat(service, body, id_))
+
+
+async def _completions(request: Request) -> Response:
+    service = _serving(request).service
+    return await run_call(request, service, lambda body, id_: check_completion(service, body, id_))
+
+
+async def _responses(request: Request) -> Response:
+    service = _serving(request).service
+    return await run_call(
+        request,
+        service,
+        lambda body, id_: responses_api.check_response(service, body, id_),
+        translate=responses_api.translate,
+    )
+
+
+async def _stored_response(request: Request) -> Response:
+    raise responses_api.stored(request.path_params["response_id"])
+
+
+# What does not
+
+
+def _plain(
+    work: Callable[[ChatService, dict[str, object]], Awaitable[dict[str, Any]]],
+) -> Route:
+    async def route(request: Request) -> Response:
+        service = _serving(request).service
+        return await run_plain(request, service, lambda body: work(service, body))
+
+    return route
+
+
+async def _models(request: Request) -> Response:
+    serving = _serving(request)
+    return json_response(model_list(serving.service, serving.started))
+
+
+async def _model(request: Request) -> Response:
+    serving = _serving(request)
+    name = request.path_params["model_id"]
+    return json_response(model_card(serving.service, name, serving.started))
+
+
+async def _health(request: Request) -> Response:
+    """200 if a request could be served: there is a D, and a P unless aggregated."""
+    service = _serving(request).service
+    pool = service.pool
+    able = pool.able(Role.DECODE) and (service.config.aggregated or pool.able(Role.PREFILL))
+    return Response(status_code=200 if able else 503)
+
+
+async def _load(request: Request) -> Response:
+    return json_response({"server_load": _serving(request).service.in_flight})
+
+
+async def _metrics(request: Request) -> Response:
+    service = _serving(request).service
+    text = service.metrics.render(service.pool.snapshot())
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def _version(request: Request) -> Response:
+    return json_response({"version": version()})
+
+
+async def _ping(request: Request) -> Response:
+    return Response(status_code=200)
+
+
+# Errors outside of calls
 
 
 async def _on_serving_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServingError)
-    return _error_response(error)
+    return error_response(error)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
@@ -158,132 +254,9 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
         405: f"{request.method} is not allowed here",
     }
     body = error_body(error.status_code, messages.get(error.status_code, str(error.detail)))
-    return _json(body, error.status_code, dict(error.headers or {}))
+    return json_response(body, error.status_code, dict(error.headers or {}))
 
 
-def _error_response(error: ServingError) -> Response:
-    return _json(body_of(error), status_of(error)[0], headers_of(error))
-
-
-def _json(
-    body: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None
-) -> Response:
-    return Response(
-        encode(body), status_code=status, headers=headers, media_type="application/json"
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Routes:
-    """What the routes do; `created` (Unix seconds) is when this replica started."""
-
-    service: ChatService
-    created: int
-
-    # Chat
-
-    async def chat(self, request: Request) -> Response:
-        """Answer a chat request; whatever happens, no generation outlives its client."""
-        try:
-            self.service.enter()
-        except ServingError as error:
-            self.service.refused(error)
-            return _error_response(error)
-        streaming = False
-        try:
-            response = await self._chat(request)
-            streaming = isinstance(response, EventStream)
-            return response
-        except (ClientGone, ClientDisconnect):
-            self.service.metrics.disconnects.inc()
-            return Response(status_code=_CLIENT_CLOSED)
-        except asyncio.CancelledError:  # how Ray Serve tells that the client has left
-            self.service.metrics.disconnects.inc()
-            raise
-        except ServingError as error:
-            return _error_response(error)
-        except Exception:  # a bug of ours is still an answer
-            logger.exception("chat request failed")
-            return _error_response(EngineFailure("unexpected error in the router"))
-        finally:
-            if not streaming:
-                self.service.leave()
-
-    async def _chat(self, request: Request) -> Response:
-        try:
-            call = await self._check(request)
-        except ServingError as error:
-            self.service.refused(error)
-            raise
-        generation = self.service.start(call)
-        keep = False
-        try:
-            if not call.stream:
-                return await unless_disconnected(request.receive, self._full(call, generation))
-            await unless_disconnected(request.receive, generation.outbox.ready())
-            keep = True
-            encoder = ChunkEncoder(
-                call.head,
-                include_usage=call.include_usage,
-                continuous_usage=call.continuous_usage,
-            )
-            return EventStream(generation, encoder, self.service.metrics, self.service.leave)
-        finally:
-            if not keep:
-                await generation.aclose()
-
-    async def _check(self, request: Request) -> ChatCall:
-        check_media_type(request.headers.get("content-type"))
-        body = await read_body(
-            request.stream(),
-            request.headers.get("content-length"),
-            self.service.config.max_body_bytes,
-        )
-        check = self.service.check(parse_object(body), request.headers.get("x-request-id"))
-        return await unless_disconnected(request.receive, check)
-
-    async def _full(self, call: ChatCall, generation: Generation) -> Response:
-        answer = Answer(call.head, call.job.params.n)
-        while pieces := await generation.outbox.take():
-            for piece in pieces:
-                answer.add(piece)
-        return _json(answer.body(generation.usage, generation.semantic_hash))
-
-    # The rest
-
-    def models(self) -> dict[str, Any]:
-        """All names under which the model is served."""
-        return {"object": "list", "data": [self._card(n) for n in self.service.config.names]}
-
-    def model(self, name: str) -> dict[str, Any]:
-        """One card.
-
-        Raises:
-            NotFound: not a served name.
-        """
-        if name not in self.service.config.names:
-            raise NotFound(f"the model {name[:80]!r} does not exist", "model")
-        return self._card(name)
-
-    def _card(self, name: str) -> dict[str, Any]:
-        return {
-            "id": name,
-            "object": "model",
-            "created": self.created,
-            "owned_by": "baton",
-            "root": self.service.config.served_model_name,
-            "parent": None,
-            "max_model_len": self.service.known_max_model_len(),
-            "permission": [],
-        }
-
-    def healthy(self) -> bool:
-        """Whether a request could be served: a D, and a P unless aggregated."""
-        pool = self.service.pool
-        return pool.able(Role.DECODE) and (
-            self.service.config.aggregated or pool.able(Role.PREFILL)
-        )
-
-    def metrics(self) -> bytes:
-        """Prometheus text."""
-        return self.service.metrics.render(self.service.pool.snapshot())
+async def _on_bug(request: Request, error: Exception) -> Response:
+    """The server logs it and goes on."""
+    return error_response(EngineFailure("unexpected error in the router"))

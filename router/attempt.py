@@ -1,14 +1,23 @@
 """One attempt of a request: which workers hold something for it, and how it ended."""
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import contracts.errors
-from contracts.errors import EngineFailure, InvalidRequest, ServingError, UnsupportedModel
+from contracts.errors import (
+    EngineFailure,
+    InvalidRequest,
+    NotFound,
+    ServingError,
+    UnsupportedModel,
+)
 from contracts.events import TokensOut
 from contracts.ids import WorkerId
 from contracts.request import GenerationRequest
+from router.job import Job
+from router.output import Output
 from router.placement import Decision, Path
+from router.two_step import computed
 
 
 class WorkerFault(Exception):
@@ -32,7 +41,8 @@ class HandoffRefused(Exception):
 class Attempt:
     """`prefill_active` and `decode_active`: that worker may still hold something for us.
 
-    `decode` changes when a D refuses. `held` are P's tokens that wait for a D to accept.
+    `decode` changes when a D refuses. `held` are P's tokens that wait for a D to accept, `early`
+    a D's that came before the prompt's scores, and `beams` those that wait for the others.
     """
 
     request: GenerationRequest
@@ -45,16 +55,35 @@ class Attempt:
     transfer: str = ""  # kv_transfer_params
     refused: set[WorkerId] = field(default_factory=set[WorkerId])
     held: list[TokensOut] = field(default_factory=list[TokensOut])
+    early: list[TokensOut] = field(default_factory=list[TokensOut])
+    beams: dict[int, TokensOut] = field(default_factory=dict[int, TokensOut])
+    prefill_gone: bool = False  # nothing more comes from the P
 
     @property
     def remote(self) -> bool:
         """Whether a handoff belongs to it."""
         return self.decision.path is Path.REMOTE
 
+    @property
+    def hands_over(self) -> bool:
+        """Whether the P keeps the KV for a D."""
+        return self.decision.path in (Path.REMOTE, Path.EXPORTED)
+
     def fail(self, error: Exception) -> None:
         """End it with an error; the first end counts."""
         if not self.over.done():
             self.over.set_exception(error)
+
+    def close(self) -> list[WorkerId]:
+        """It is over, however it went; whose work on it is to be aborted. Idempotent."""
+        ends = (
+            (self.prefill_active, self.decision.prefill),
+            (self.decode_active, self.decode),
+        )
+        self.prefill_active = self.decode_active = False
+        if not self.over.cancel() and not self.over.cancelled():
+            self.over.exception()  # looked at, so that asyncio does not warn
+        return [worker_id for active, worker_id in ends if active and worker_id is not None]
 
     def finish(self) -> None:
         """End it well; the first end counts."""
@@ -62,11 +91,42 @@ class Attempt:
             self.over.set_result(None)
 
 
-def error_of(kind: str, message: str) -> ServingError:
-    """The error that a worker named (a class of contracts.errors)."""
+def attempt_request(
+    job: Job,
+    output: Output,
+    path: Path,
+    attempt: int,
+    *,
+    deadline_s: float | None,
+    lease_ms: int,
+) -> GenerationRequest:
+    """What the workers of an attempt are given: all that has come out already belongs to it."""
+    params = job.params
+    if params.prompt_logprobs is not None and output.scores.complete:
+        params = replace(params, prompt_logprobs=None)
+    exported = path is Path.EXPORTED
+    return GenerationRequest(
+        request_id=job.request_id,
+        prompt_ids=job.prompt_ids,
+        params=computed(params) if exported else params,
+        output_ids=tuple(tuple(c.token_ids) for c in output.choices) if output.emitted else (),
+        attempt=attempt,
+        finished=tuple(choice.index for choice in output.choices if choice.finished),
+        cache_salt=job.cache_salt,
+        deadline_s=deadline_s,
+        priority=job.priority,
+        redraw=path is Path.ADOPTED,
+        lease_ms=lease_ms if exported else None,
+    )
+
+
+def error_of(kind: str, message: str, param: str = "") -> ServingError:
+    """The error that a worker named (a class of contracts.errors), with the field at fault."""
     cls = getattr(contracts.errors, kind, None)
     if not (isinstance(cls, type) and issubclass(cls, ServingError)):
         return EngineFailure(f"{kind}: {message}")
+    if issubclass(cls, InvalidRequest | NotFound):
+        return cls(message, param or None)
     try:
         return cls(message)
     except TypeError:  # a class with arguments of its own

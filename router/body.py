@@ -1,9 +1,17 @@
 """From HTTP bytes to a JSON object: media type, size limit, syntax."""
 
 import json
+import math
+import re
 from collections.abc import AsyncIterator
+from typing import Any, NoReturn
 
 from router.http_errors import BodyTooLarge, MalformedRequest
+
+MAX_DEPTH = 128  # of objects and lists in one another
+MAX_MARKS = 1 << 20  # of JSON: each value takes memory and a moment, however short its text
+_MARKS = ",:[{"
+_HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # only escapes can spell a lone surrogate
 
 
 def check_media_type(content_type: str | None) -> None:
@@ -45,25 +53,68 @@ def parse_object(body: bytes) -> dict[str, object]:
     """Parse a JSON object.
 
     Raises:
-        MalformedRequest: not JSON, not an object, nested too deeply, or text that is not Unicode.
+        MalformedRequest: not JSON in UTF-8 (NaN and Infinity are not), not an object, nested
+            beyond MAX_DEPTH, a number beyond a double's range, or text that is not Unicode.
+        BodyTooLarge: more than MAX_MARKS commas, colons and brackets, those in texts included.
     """
     try:
-        value = json.loads(body)
+        text = body.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise MalformedRequest("the body is not UTF-8", "body") from None
+    if len(text) > MAX_MARKS and sum(map(text.count, _MARKS)) > MAX_MARKS:
+        raise BodyTooLarge(f"the request body holds more than {MAX_MARKS} values")
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
     except RecursionError:
-        raise MalformedRequest("the JSON is nested too deeply", "body") from None
+        raise _too_deep() from None
     except json.JSONDecodeError as error:
         raise MalformedRequest(
             f"the body is not valid JSON: {error.msg} at character {error.pos}", "body"
         ) from None
-    except ValueError:
-        raise MalformedRequest("the body is not valid JSON", "body") from None
+    except ValueError:  # a whole number with thousands of digits
+        raise MalformedRequest("the body is not valid JSON: a number is too long", "body") from None
     if not isinstance(value, dict):
         raise MalformedRequest("the body must be a JSON object", "body")
-    if b"\\ud" in body or b"\\uD" in body:  # only escapes can spell half a surrogate pair
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise MalformedRequest("a text in the body is not valid Unicode", "body") from None
-        except RecursionError:
-            raise MalformedRequest("the JSON is nested too deeply", "body") from None
+    if text.count("{") + text.count("[") > MAX_DEPTH:
+        _check_depth(value)
+    if _HALF_CHARACTER.search(text):
+        _check_unicode(value)
     return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise MalformedRequest(f"the body is not valid JSON: {name} is no number there", "body")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise MalformedRequest("a number in the body is too large", "body")
+    return value
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        inner: list[Any] = []
+        for one in level:
+            if isinstance(one, dict):
+                inner.extend(one.values())
+            elif isinstance(one, list):
+                inner.extend(one)
+        level = inner
+    if level:
+        raise _too_deep()
+
+
+def _check_unicode(value: Any) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise MalformedRequest("a text in the body is not valid Unicode", "body") from None
+    except RecursionError:
+        raise _too_deep() from None
+
+
+def _too_deep() -> MalformedRequest:
+    return MalformedRequest(f"the JSON is nested deeper than {MAX_DEPTH} levels", "body")

@@ -1,7 +1,10 @@
 """What a router replica needs to know, checked whole at start."""
 
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from contracts.errors import ConfigurationError
 
@@ -16,16 +19,32 @@ class RouterConfig:
 
     model_path: str
     served_model_name: str
-    cluster_key: str
+    cluster_key: str = field(repr=False)
     model_aliases: tuple[str, ...] = ()  # further accepted names
     max_model_len: int | None = None  # tokens; None: the least of the workers'
-    api_keys: tuple[str, ...] = ()  # empty: no key needed
-    allowed_origins: tuple[str, ...] = ("*",)  # CORS
+    api_keys: tuple[str, ...] = field(default=(), repr=False)  # empty: no key needed
+    allowed_origins: tuple[str, ...] = ("*",)  # CORS, as the next three
+    allowed_methods: tuple[str, ...] = ("*",)
+    allowed_headers: tuple[str, ...] = ("*",)
+    allow_credentials: bool = False
+    enable_openapi: bool = True  # GET /openapi.json
     aggregated: bool = False  # decode workers alone, every path local
-    use_generation_config: bool = True  # the model's own sampling defaults
+    generation_config: str = "auto"  # sampling defaults: the model's, "vllm" (none), or a folder
+    override_generation_config: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    chat_template: str | None = None  # the operator's, as text; None: the model's
+    trust_request_chat_template: bool = False
+    tool_call_parser: str | None = None  # None: by the chat template; "none": off
+    reasoning_parser: str | None = None  # likewise
+    exclude_tools_when_tool_choice_none: bool = False  # from the prompt
+    logits_processor_pattern: str = ""  # allowed names, matched whole; empty: none
+    return_tokens_as_token_ids: bool = False  # unless a request says
+    allow_kv_transfer_params: bool = False  # from clients: the two-step protocol
+    two_step_lease_ms: int = 30_000  # how long a P keeps what nobody has come for
+    enable_render: bool = True
     max_body_bytes: int = 32 << 20
     max_n: int = 64
-    max_top_logprobs: int = 20
+    max_logprobs: int = 20  # alternatives for each token; -1: no cap
+    max_batch: int = 64  # prompts of one completion request
     max_stop: int = 4
     write_buffer_bytes: int = 1 << 20  # unread output of one stream; beyond: that one is aborted
     max_inflight: int = 4096  # requests; beyond: 429
@@ -45,7 +64,8 @@ class RouterConfig:
         least = {
             "max_body_bytes": 1,
             "max_n": 1,
-            "max_top_logprobs": 0,
+            "max_logprobs": -1,
+            "max_batch": 1,
             "max_stop": 0,
             "write_buffer_bytes": 1024,
             "max_inflight": 1,
@@ -58,6 +78,19 @@ class RouterConfig:
                 raise ConfigurationError(f"{name} must be at least {value}")
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ConfigurationError("max_model_len must be at least 2 tokens")
+        try:
+            re.compile(self.logits_processor_pattern)
+        except re.error as error:
+            raise ConfigurationError(
+                f"logits_processor_pattern is not a regular expression: {error}"
+            ) from None
+        if self.generation_config not in ("auto", "vllm"):
+            folder = Path(self.generation_config)
+            if not (folder / "generation_config.json").is_file():
+                raise ConfigurationError(
+                    f"generation_config {self.generation_config!r} must be auto, vllm, or a "
+                    "folder with a generation_config.json"
+                )
 
     @property
     def names(self) -> tuple[str, ...]:

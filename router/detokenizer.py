@@ -4,6 +4,11 @@ Byte-level vocabularies (GPT-2's scheme) are decoded exactly: each token is byte
 incremental UTF-8 decoder holds what is incomplete. Other tokenizers go through their own decoder
 over a short window, because a token's text may depend on the token before it. Either way the
 work per token does not depend on how much was generated before.
+
+Special tokens leave no text, or appear by name. Some decoders (WordPiece) put a space before each
+token; between two added tokens it is kept or left out as `spaces_between_special_tokens` says.
+Byte-level and SentencePiece decoders put none there, and none is invented: text is what the model
+wrote, and the option changes nothing.
 """
 
 import codecs
@@ -50,6 +55,7 @@ class Vocabulary:
         self.tokenizer = tokenizer
         added = tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self.added_ids = frozenset(added)  # special or not
         self.size = tokenizer.get_vocab_size(with_added_tokens=True)
         self._bytes: dict[int, bytes] = {}
         self._byte_of = _byte_of_char() if _is_byte_level(tokenizer) else None
@@ -71,12 +77,26 @@ class Vocabulary:
             self._bytes[token_id] = known
         return known
 
-    def detokenizer(self, prompt_ids: Sequence[int]) -> Detokenizer:
-        """A fresh one, primed with the prompt's tail. Special tokens leave no text."""
-        tail = [i for i in prompt_ids[-2 * _PRIMING_TOKENS :] if i not in self.special_ids]
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """The text of ids, all at once."""
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def detokenizer(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
+    ) -> Detokenizer:
+        """A fresh one, primed with the prompt's tail."""
+        hidden = self.special_ids if skip_special_tokens else frozenset[int]()
+        tail = [i for i in prompt_ids[-2 * _PRIMING_TOKENS :] if i not in hidden]
+        tail = tail[-_PRIMING_TOKENS:]
         if self._byte_of is not None:
-            return _ByteDetokenizer(self, tail[-_PRIMING_TOKENS:])
-        return _WindowDetokenizer(self, tail[-_PRIMING_TOKENS:])
+            return _ByteDetokenizer(self, hidden, tail)
+        joined = frozenset[int]() if spaces_between_special_tokens else self.added_ids
+        return _WindowDetokenizer(self, hidden, joined, tail)
 
 
 def _is_byte_level(tokenizer: Tokenizer) -> bool:
@@ -93,16 +113,17 @@ def _is_byte_level(tokenizer: Tokenizer) -> bool:
 class _ByteDetokenizer:
     """An incremental UTF-8 decoder; invalid bytes become U+FFFD as soon as that is sure."""
 
-    __slots__ = ("_decoder", "_vocabulary")
+    __slots__ = ("_decoder", "_hidden", "_vocabulary")
 
-    def __init__(self, vocabulary: Vocabulary, tail: Sequence[int]) -> None:
+    def __init__(self, vocabulary: Vocabulary, hidden: frozenset[int], tail: Sequence[int]) -> None:
         self._vocabulary = vocabulary
+        self._hidden = hidden
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for token_id in tail:
             self._decoder.decode(vocabulary.token_bytes(token_id))
 
     def push(self, token_id: int) -> str:
-        if token_id in self._vocabulary.special_ids:
+        if token_id in self._hidden:
             return ""
         return self._decoder.decode(self._vocabulary.token_bytes(token_id))
 
@@ -117,43 +138,58 @@ class _ByteDetokenizer:
 
 
 class _WindowDetokenizer:
-    """The tokenizer's own decoder over [`_context`, `_pending`]; `_context` was shown already."""
+    """The tokenizer's own decoder over [`_context`, `_pending`]; `_context` was shown already.
 
-    __slots__ = ("_context", "_pending", "_vocabulary")
+    Of two tokens in `joined` that follow each other, the second is shown by its bare name.
+    """
 
-    def __init__(self, vocabulary: Vocabulary, tail: Sequence[int]) -> None:
+    __slots__ = ("_context", "_hidden", "_joined", "_pending", "_vocabulary")
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        hidden: frozenset[int],
+        joined: frozenset[int],
+        tail: Sequence[int],
+    ) -> None:
         self._vocabulary = vocabulary
+        self._hidden = hidden
+        self._joined = joined
         self._context = list(tail)
         self._pending: list[int] = []
 
     def push(self, token_id: int) -> str:
-        if token_id in self._vocabulary.special_ids:
-            return ""
-        self._pending.append(token_id)
-        text = self._pending_text()
-        if text.endswith(_REPLACEMENT) and len(self._pending) < _MAX_CHARACTER_TOKENS:
-            return ""
-        self._shown()
+        text, held = self._next(token_id)
+        if token_id not in self._hidden:
+            self._pending.append(token_id)
+            if not held:
+                self._shown()
         return text
 
     def peek(self, token_id: int) -> str:
-        if token_id in self._vocabulary.special_ids:
-            return ""
-        self._pending.append(token_id)
-        text = self._pending_text()
-        held = text.endswith(_REPLACEMENT) and len(self._pending) < _MAX_CHARACTER_TOKENS
-        self._pending.pop()
-        return "" if held else text
+        return self._next(token_id)[0]
 
     def finish(self) -> str:
-        text = self._pending_text() if self._pending else ""
+        text = self._text(self._pending) if self._pending else ""
         self._shown()
         return text
 
-    def _pending_text(self) -> str:
-        decode = self._vocabulary.tokenizer.decode
-        before = decode(self._context, skip_special_tokens=False) if self._context else ""
-        return decode(self._context + self._pending, skip_special_tokens=False)[len(before) :]
+    def _next(self, token_id: int) -> tuple[str, bool]:
+        """What the token adds to the text, and whether that is held back."""
+        if token_id in self._hidden:
+            return "", False
+        after_joined = not self._pending and self._context and self._context[-1] in self._joined
+        if after_joined and token_id in self._joined:
+            return self._vocabulary.name(token_id), False
+        pending = [*self._pending, token_id]
+        text = self._text(pending)
+        held = text.endswith(_REPLACEMENT) and len(pending) < _MAX_CHARACTER_TOKENS
+        return "" if held else text, held
+
+    def _text(self, pending: Sequence[int]) -> str:
+        decode = self._vocabulary.decode
+        before = decode(self._context) if self._context else ""
+        return decode([*self._context, *pending])[len(before) :]
 
     def _shown(self) -> None:
         if self._pending:

@@ -16,15 +16,25 @@ _TEXT_KEY = {
     "thinking": "thinking",
 }
 
+_TEXT_ROLES = ("tool", "function")  # templates want one text of them whatever their format
+_REASONING = ("reasoning", "reasoning_content", "thinking")  # the same under three names
+
 
 def template_messages(
-    messages: Sequence[Mapping[str, Any]], *, as_parts: bool, knows_developer: bool
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    as_parts: bool,
+    knows_developer: bool,
+    keeps_text: bool = False,
 ) -> list[TemplateMessage]:
     """Normalise messages for a template.
+
+    `refusal`, `audio`, `function_call` and keys nobody knows are tolerated and left out.
 
     Args:
         messages: as sent; each at least `role`.
         as_parts: whether the template wants `content` as a list of parts (else one text).
+        keeps_text: whether, of a template that wants parts, content sent as text stays text.
         knows_developer: whether the template mentions the role `developer`.
 
     Raises:
@@ -35,12 +45,13 @@ def template_messages(
     result: list[TemplateMessage] = []
     converted = False
     for index, message in enumerate(messages):
-        one = _template_message(message, f"messages[{index}]", as_parts)
+        in_parts = as_parts and (isinstance(message.get("content"), list) or not keeps_text)
+        one = _template_message(message, f"messages[{index}]", in_parts)
         if one["role"] == "developer" and not knows_developer:
             one["role"] = "system"
             converted = True
         result.append(one)
-    return _merge_systems(result, as_parts) if converted else result
+    return _merge_systems(result) if converted else result
 
 
 def _template_message(message: Mapping[str, Any], where: str, as_parts: bool) -> TemplateMessage:
@@ -49,20 +60,30 @@ def _template_message(message: Mapping[str, Any], where: str, as_parts: bool) ->
         raise InvalidRequest(f"{where} needs a role", "messages")
     texts = _texts(message.get("content"), where)
     content: Any = "\n".join(texts)
-    if as_parts and role != "tool":
+    if as_parts and role not in _TEXT_ROLES:
         content = [{"type": "text", "text": text} for text in texts]
     result: TemplateMessage = {"role": role, "content": content}
     for key in ("name", "tool_call_id"):
         if isinstance(message.get(key), str):
             result[key] = message[key]
     if role == "assistant":
-        reasoning = message.get("reasoning") or message.get("reasoning_content")
-        if isinstance(reasoning, str):
-            result["reasoning"] = result["reasoning_content"] = reasoning
+        thoughts = (message.get(key) for key in _REASONING)
+        reasoning = next((text for text in thoughts if text and isinstance(text, str)), None)
+        if reasoning is not None:
+            result.update(dict.fromkeys(_REASONING, reasoning))
         calls = message.get("tool_calls")
         if calls:
             result["tool_calls"] = _tool_calls(calls, where)
     return result
+
+
+def text_of(message: Mapping[str, Any]) -> str:
+    """A message's text, its parts joined as for a template that wants one text.
+
+    Raises:
+        InvalidRequest: content that is not text.
+    """
+    return "\n".join(_texts(message.get("content"), "the last message"))
 
 
 def _texts(content: Any, where: str) -> list[str]:
@@ -101,8 +122,10 @@ def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
     result = []
     for call in calls:
         function = call.get("function") if isinstance(call, dict) else None
-        if not isinstance(function, dict) or call.get("type", "function") != "function":
+        if not isinstance(function, dict) or call.get("type") not in (None, "function"):
             raise InvalidRequest(f"{where}.tool_calls takes functions only", "messages")
+        if not isinstance(function.get("name"), str):
+            raise InvalidRequest(f"{where}.tool_calls has a function without a name", "messages")
         arguments = function.get("arguments")
         if isinstance(arguments, str):
             try:
@@ -117,9 +140,16 @@ def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
     return result
 
 
-def _merge_systems(messages: list[TemplateMessage], as_parts: bool) -> list[TemplateMessage]:
-    """All system messages as one, in front."""
+def _merge_systems(messages: list[TemplateMessage]) -> list[TemplateMessage]:
+    """All system messages as one, in front; in parts if one of them is."""
     systems = [m["content"] for m in messages if m["role"] == "system"]
-    merged = [part for s in systems for part in s] if as_parts else "\n\n".join(systems)
+    merged: str | list[dict[str, str]]
+    if all(isinstance(content, str) for content in systems):
+        merged = "\n\n".join(systems)
+    else:
+        merged = []
+        for content in systems:
+            parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            merged.extend(parts)
     others = [m for m in messages if m["role"] != "system"]
     return [{"role": "system", "content": merged}, *others]

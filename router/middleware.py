@@ -8,7 +8,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from router.http_errors import encode, error_body
 
+OPEN_PATHS = frozenset({"/health", "/metrics", "/openapi.json", "/ping", "/version"})
+"""No key is asked for here; it is for everything else, so that no route is forgotten."""
+
 _BODY_401 = encode(error_body(401, "missing or wrong API key", "AuthenticationError", None))
+_REQUEST_ID_CHARS = 256
 
 
 def header(scope: Scope, name: bytes) -> bytes | None:
@@ -17,8 +21,16 @@ def header(scope: Scope, name: bytes) -> bytes | None:
     return next((value for key, value in headers if key == name), None)
 
 
+def sent_request_id(scope: Scope) -> str | None:
+    """The client's `X-Request-Id`; None if it sent none, or one that is long or not printable."""
+    value = header(scope, b"x-request-id") or b""
+    text = value.decode("latin-1").strip()
+    fits = 0 < len(text) <= _REQUEST_ID_CHARS and text.isascii() and text.isprintable()
+    return text if fits else None
+
+
 class ApiKeyMiddleware:
-    """Needs `Authorization: Bearer <key>` below /v1, except for OPTIONS."""
+    """Needs `Authorization: Bearer <key>` on all but the open paths, except for OPTIONS."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
         self._app = app
@@ -39,8 +51,7 @@ class ApiKeyMiddleware:
 
     def _allowed(self, scope: Scope) -> bool:
         path: str = scope["path"].removeprefix(scope.get("root_path", ""))
-        guarded = path == "/v1" or path.startswith("/v1/")
-        if not self._keys or not guarded or scope["method"] == "OPTIONS":
+        if path in OPEN_PATHS or scope["method"] == "OPTIONS":
             return True
         scheme, _, token = (header(scope, b"authorization") or b"").partition(b" ")
         if scheme.lower() != b"bearer":
@@ -51,21 +62,22 @@ class ApiKeyMiddleware:
 
 
 class RequestIdMiddleware:
-    """Echoes `X-Request-Id` if the client sent one."""
+    """Echoes `X-Request-Id` if the client sent one that is fit to be shown."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Add the header to the response's."""
-        value = header(scope, b"x-request-id") if scope["type"] == "http" else None
+        value = sent_request_id(scope) if scope["type"] == "http" else None
         if value is None:
             await self._app(scope, receive, send)
             return
+        echo = (b"x-request-id", value.encode())
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", value)]
+                message["headers"] = [*message.get("headers", ()), echo]
             await send(message)
 
         await self._app(scope, receive, send_with_id)

@@ -2,12 +2,13 @@
 
 import json
 import logging
-import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from contracts.errors import ConfigurationError
+from router.template_files import read_chat_templates
 
 logger = logging.getLogger(__name__)
 
@@ -20,22 +21,22 @@ _SPECIAL_TOKENS = (
     "cls_token",
     "mask_token",
 )
-_NOT_YET = {  # defaults a model may bring that cannot be honoured yet, with their neutral value
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-}
+_MAX_INT = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
 class ModelDefaults:
-    """Sampling defaults of the model; None where it has no opinion."""
+    """Sampling defaults of the model or the operator; None where they have no opinion."""
 
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
     max_tokens: int | None = None
+    eos_ids: tuple[int, ...] = ()  # end tokens besides the tokenizer's
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +44,10 @@ class ModelFiles:
     """Everything small from the model folder.
 
     `primary_eos` is the tokenizer's own end token; `secondary_eos` are the model's further ones.
-    `config_vocab_size` is 0 if config.json does not say.
+    `config_vocab_size` is 0 if config.json does not say. `chat_templates` may be empty.
     """
 
-    chat_template: str
+    chat_templates: dict[str, str]
     special_tokens: dict[str, str]
     eos_ids: tuple[int, ...]
     eos_token: str | None
@@ -58,7 +59,7 @@ def read_model_files(folder: Path) -> ModelFiles:
     """Read tokenizer_config.json, generation_config.json, config.json and the chat template.
 
     Raises:
-        ConfigurationError: no chat template, or a file that is not JSON.
+        ConfigurationError: a file that is not JSON.
     """
     tokenizer_config = _read(folder / "tokenizer_config.json")
     special_map = _read(folder / "special_tokens_map.json")
@@ -74,7 +75,7 @@ def read_model_files(folder: Path) -> ModelFiles:
     )
     vocab_size = config.get("vocab_size", inner.get("vocab_size", 0))
     return ModelFiles(
-        chat_template=_chat_template(folder, tokenizer_config),
+        chat_templates=read_chat_templates(folder, tokenizer_config),
         special_tokens=special,
         eos_ids=tuple(eos_ids),
         eos_token=special.get("eos_token"),
@@ -91,22 +92,6 @@ def _read(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigurationError(f"{path.name} of the model is not valid JSON: {error}") from None
     return value if isinstance(value, dict) else {}
-
-
-def _chat_template(folder: Path, tokenizer_config: dict[str, Any]) -> str:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = tokenizer_config.get("chat_template")
-    if isinstance(template, list):
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
-    if isinstance(template, str) and template:
-        return template
-    raise ConfigurationError(
-        "the model has no chat template: put a chat_template.jinja next to tokenizer.json, or "
-        "use an instruction-tuned model"
-    )
 
 
 def _special_tokens(values: dict[str, Any]) -> dict[str, str]:
@@ -126,28 +111,83 @@ def _ids(value: object) -> list[int]:
     return [v for v in values if isinstance(v, int) and not isinstance(v, bool)]
 
 
-def _defaults(generation: dict[str, Any]) -> ModelDefaults:
-    for name, neutral in _NOT_YET.items():
-        value = generation.get(name)
-        if value is not None and value != neutral:
-            logger.warning("generation_config.json: %s=%s is not supported yet", name, value)
+_RANGES: dict[str, tuple[str, float, float]] = {  # name in the file: field, lowest, highest
+    "temperature": ("temperature", 0.0, 2.0),
+    "top_p": ("top_p", 1e-9, 1.0),
+    "top_k": ("top_k", -1, _MAX_INT),
+    "min_p": ("min_p", 0.0, 1.0),
+    "repetition_penalty": ("repetition_penalty", 1e-30, 1e30),
+    "presence_penalty": ("presence_penalty", -2.0, 2.0),
+    "frequency_penalty": ("frequency_penalty", -2.0, 2.0),
+    "max_new_tokens": ("max_tokens", 1, _MAX_INT),
+}
 
-    def number(name: str, low: float, high: float) -> float | None:
+
+def _defaults(generation: Mapping[str, Any]) -> ModelDefaults:
+    """What generation_config.json says; values that make no sense are left out, with a warning."""
+    values: dict[str, Any] = {}
+    for name, (field, low, high) in _RANGES.items():
         value = generation.get(name)
         if value is None:
-            return None
-        valid = isinstance(value, int | float) and math.isfinite(value) and low <= value <= high
-        if not valid:
+            continue
+        if _in_range(value, low, high):
+            values[field] = value
+        else:
             logger.warning("generation_config.json: %s=%r is ignored: out of range", name, value)
-            return None
-        return float(value)
+    return _typed(values, tuple(_ids(generation.get("eos_token_id"))))
 
-    top_p = number("top_p", 0.0, 1.0)
-    top_k = number("top_k", -1, 2**31 - 1)
-    max_new = number("max_new_tokens", 1, 2**31 - 1)
-    return ModelDefaults(
-        temperature=number("temperature", 0.0, 2.0),
-        top_p=top_p if top_p else None,
-        top_k=None if top_k is None else int(top_k),
-        max_tokens=None if max_new is None else int(max_new),
-    )
+
+def _typed(values: dict[str, Any], eos_ids: tuple[int, ...]) -> ModelDefaults:
+    for name, value in values.items():
+        values[name] = int(value) if name in ("top_k", "max_tokens") else float(value)
+    return ModelDefaults(**values, eos_ids=eos_ids)
+
+
+def _in_range(value: object, low: float, high: float) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and low <= value <= high  # type: ignore[operator]  # NaN is in no range
+
+
+def serving_defaults(
+    model: ModelDefaults, source: str = "auto", override: Mapping[str, Any] | None = None
+) -> ModelDefaults:
+    """What requests leave open.
+
+    Args:
+        model: what the model folder says.
+        source: `auto` takes it, `vllm` does not, anything else is a folder whose
+            generation_config.json replaces it.
+        override: the operator's own values, under the names of generation_config.json.
+
+    Raises:
+        ConfigurationError: a file that is not JSON, or an override that cannot be honoured.
+    """
+    if source == "vllm":
+        model = ModelDefaults()
+    elif source != "auto":
+        model = _defaults(_read(Path(source) / "generation_config.json"))
+    values: dict[str, Any] = {}
+    eos_ids = model.eos_ids
+    for name, value in (override or {}).items():
+        if name == "eos_token_id":
+            eos_ids = tuple(_ids(value))
+            continue
+        if name not in _RANGES:
+            known = ", ".join([*_RANGES, "eos_token_id"])
+            raise ConfigurationError(
+                f"override_generation_config: {name} is unknown; it takes {known}"
+            )
+        field, low, high = _RANGES[name]
+        if not _in_range(value, low, high):
+            raise ConfigurationError(
+                f"override_generation_config: {name} must be between {low:g} and {high:g}"
+            )
+        values[field] = value
+    typed = _typed(values, eos_ids)
+    return replace(model, eos_ids=eos_ids, **{name: getattr(typed, name) for name in values})
+
+
+def read_model_type(folder: Path) -> str:
+    """`model_type` of config.json; empty if it does not say."""
+    model_type = _read(folder / "config.json").get("model_type")
+    return model_type if isinstance(model_type, str) else ""

@@ -3,7 +3,7 @@
 import asyncio
 
 from contracts.errors import Overloaded, ServingError
-from router.choice import Piece
+from router.pieces import Piece
 
 
 class SlowReader(Overloaded):
@@ -54,8 +54,17 @@ class Outbox:
         if not self._pieces and self._error is not None:
             raise self._error
 
+    @property
+    def over(self) -> bool:
+        """Whether the end has come and everything was taken."""
+        return self._closed and not self._pieces
+
+    def nudge(self) -> None:
+        """Make a waiting `take` return, with nothing if there is nothing."""
+        self._wake.set()
+
     async def take(self) -> list[Piece]:
-        """All pieces that have gathered; empty at the end.
+        """All pieces that have gathered; empty at the end, or after a `nudge`.
 
         Raises:
             ServingError: the request failed; all pieces before that were taken.

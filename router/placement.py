@@ -12,6 +12,7 @@ from contracts.errors import InvalidRequest, Unavailable
 from contracts.events import WorkerLoad
 from contracts.ids import WorkerId
 from contracts.worker import Role
+from router.two_step import Step
 
 _NO_LOAD = WorkerLoad()
 
@@ -26,6 +27,8 @@ class Path(StrEnum):
     REMOTE = "remote"  # on a P, then handed over to a D
     PREFILL_ONLY = "prefill_only"  # on a P, and one token is the whole answer
     LOCAL = "local"  # on the D that also decodes
+    EXPORTED = "exported"  # on a P, for whoever comes with the params (two-step)
+    ADOPTED = "adopted"  # earlier, on a P that some client's request named (two-step)
 
 
 class Reason(StrEnum):
@@ -38,6 +41,7 @@ class Reason(StrEnum):
     PROMPT_EXCEEDS_PREFILL = "prompt_exceeds_prefill"
     HANDOFF_REFUSED = "handoff_refused"
     REPLAY = "replay"
+    TWO_STEP = "two_step"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +81,7 @@ class Need:
     semantic_hash: str | None = None
     force_local: bool = False
     exclude: frozenset[WorkerId] = frozenset()
+    step: Step | None = None  # of the two-step form
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +105,11 @@ def choose(workers: Iterable[WorkerSnapshot], need: Need, *, aggregated: bool = 
     known = [w for w in workers if need.semantic_hash in (None, w.semantic_hash)]
     able = [w for w in known if not w.load.draining and w.worker_id not in need.exclude]
     decodes = _fitting(able, Role.DECODE, need)
+    if need.step is Step.EXPORT:
+        return _export(able, need)
+    if need.step is Step.ADOPT and decodes and not need.force_local and not need.emitted_tokens:
+        d = min(decodes, key=_decode_cost)
+        return Decision(Path.ADOPTED, Reason.TWO_STEP, None, d.worker_id, d.semantic_hash)
     prefills = [] if aggregated or need.emitted_tokens else _fitting(able, Role.PREFILL, need)
     if need.max_tokens == 1 and prefills and not need.force_local:
         p = min(prefills, key=_prefill_cost)
@@ -117,6 +127,14 @@ def choose(workers: Iterable[WorkerSnapshot], need: Need, *, aggregated: bool = 
     d = min(decodes, key=_decode_cost)
     reason = _why_local(able, need, aggregated)
     return Decision(Path.LOCAL, reason, None, d.worker_id, d.semantic_hash)
+
+
+def _export(able: list[WorkerSnapshot], need: Need) -> Decision:
+    prefills = _fitting(able, Role.PREFILL, need)
+    if not prefills:
+        raise NoCapacity("no prefill worker can take the request now")
+    p = min(prefills, key=_prefill_cost)
+    return Decision(Path.EXPORTED, Reason.TWO_STEP, p.worker_id, None, p.semantic_hash)
 
 
 def choose_decode(workers: Iterable[WorkerSnapshot], need: Need) -> WorkerId:

@@ -5,14 +5,17 @@ plain calls from the session's frame to the outbox, without a task switch.
 """
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from contracts.errors import (
     EngineFailure,
     HandoffError,
+    InvalidRequest,
     Overloaded,
     ServingError,
     Unavailable,
@@ -22,23 +25,33 @@ from contracts.events import (
     FinishReason,
     PathTaken,
     PrefillStarted,
+    PromptScores,
     RequestFailed,
     TokensOut,
     WorkerEvent,
 )
 from contracts.ids import WorkerId
-from contracts.request import GenerationRequest
-from router.attempt import Attempt, HandoffRefused, WorkerFault, error_of, is_hopeless
-from router.choice import Choice, TokenFault
+from router.attempt import (
+    Attempt,
+    HandoffRefused,
+    WorkerFault,
+    attempt_request,
+    error_of,
+    is_hopeless,
+)
+from router.choice import TokenFault
 from router.config import RouterConfig
 from router.detokenizer import Vocabulary
 from router.job import Job, Usage
+from router.logprobs import PromptEntry
 from router.metrics import RequestTimes, RouterMetrics
 from router.outbox import Outbox
+from router.output import Output
 from router.placement import Decision, Need, NoCapacity, Path, choose, choose_decode
 from router.workers import WorkerPool
 
 logger = logging.getLogger(__name__)
+_BUG = "unexpected error in the router"
 
 
 class Generation:
@@ -62,27 +75,26 @@ class Generation:
         self.job = job
         self.outbox = outbox
         self.semantic_hash: str | None = None
+        self.kv_transfer_params: dict[str, Any] | None = None  # an export's, when it has begun
         self._pool = pool
         self._config = config
         self._metrics = metrics
         self._clock = clock
-        self._choices = [
-            Choice(index, job.prompt_ids, job.params, job.rules, vocabulary)
-            for index in range(job.params.n)
-        ]
-        self._emitted = 0
         self._cached_tokens = 0
         self._attempts = 0
         self._attempt: Attempt | None = None
         self._task: asyncio.Task[None] | None = None
         self._times = RequestTimes(metrics, clock)
+        self._output = Output(job, vocabulary, outbox, self._times)
 
     @property
     def usage(self) -> Usage:
         """Counts so far: what was emitted, whatever it took."""
-        return Usage(len(self.job.prompt_ids), self._emitted, self._cached_tokens)
+        return self._output.usage(self._cached_tokens)
 
-    # Life
+    def prompt_entries(self) -> list[PromptEntry] | None:
+        """The prompt's scores, complete before the first piece; slow for a long prompt."""
+        return self._output.prompt_entries()
 
     def start(self) -> None:
         """Begin. Everything after this is reported through the outbox."""
@@ -115,20 +127,20 @@ class Generation:
             error = caught
         except Exception:  # one request's bug must not end the router
             logger.exception("request %s failed", self.job.request_id)
-            error = EngineFailure("unexpected error in the router")
+            error = EngineFailure(_BUG)
         finally:
             if self._attempt is not None:
                 self._abort(self._attempt)
             self._pool.unregister(self.job.request_id)
-            self._report(error)
             self.outbox.close(error)
+            self._report(error)
 
     def _report(self, error: ServingError | None) -> None:
         if error is not None:
             self._metrics.failed(type(error).__name__)
-            counts = f"{self._emitted} tokens and {self._attempts} attempts"
+            counts = f"{self._output.emitted} tokens and {self._attempts} attempts"
             logger.warning("request %s failed after %s: %r", self.job.request_id, counts, error)
-        elif all(choice.finished for choice in self._choices):
+        elif self._output.finished:
             self._times.ended(len(self.job.prompt_ids), self._cached_tokens)
 
     # Control path
@@ -147,10 +159,11 @@ class Generation:
             need = Need(
                 prompt_tokens=len(self.job.prompt_ids),
                 max_tokens=self.job.params.max_tokens,
-                emitted_tokens=max(len(choice.token_ids) for choice in self._choices),
-                semantic_hash=self.semantic_hash if self._emitted else None,
+                emitted_tokens=max(len(choice.token_ids) for choice in self._output.choices),
+                semantic_hash=self.semantic_hash if self._output.emitted else None,
                 force_local=force_local,
                 exclude=exclude,
+                step=None if self.job.transfer is None else self.job.transfer.step,
             )
             decision = await self._place(need, error)
             attempt = self._new_attempt(decision)
@@ -166,6 +179,8 @@ class Generation:
                 logger.warning("request %s: %s", self.job.request_id, fault)
                 error = fault.error
                 if isinstance(error, HandoffError):
+                    if attempt.decision.path is Path.ADOPTED:
+                        raise InvalidRequest(str(error), "kv_transfer_params") from None
                     force_local = True
                 elif not fault.lost:
                     exclude |= {fault.worker_id}
@@ -173,7 +188,7 @@ class Generation:
                 self._abort(attempt)
             if is_hopeless(error):
                 raise error
-            if self._emitted:
+            if self._output.emitted:
                 replays += 1
                 self._metrics.replays.inc()
             else:
@@ -201,19 +216,17 @@ class Generation:
                 await self._pool.changed(left_s)
 
     def _new_attempt(self, decision: Decision) -> Attempt:
-        for choice in self._choices:
+        for choice in self._output.choices:
             choice.worker_finished = choice.finished  # those are not in the new attempt
-        outputs = tuple(tuple(choice.token_ids) for choice in self._choices)
         timeout_s = self._config.request_timeout_s
         spent_s = self._clock() - self._times.started_at
-        request = GenerationRequest(
-            request_id=self.job.request_id,
-            prompt_ids=self.job.prompt_ids,
-            params=self.job.params,
-            output_ids=outputs if self._emitted else (),
-            attempt=self._attempts,
-            finished=tuple(choice.index for choice in self._choices if choice.finished),
+        request = attempt_request(
+            self.job,
+            self._output,
+            decision.path,
+            self._attempts,
             deadline_s=None if timeout_s is None else max(timeout_s - spent_s, 0.0),
+            lease_ms=self._config.two_step_lease_ms,
         )
         self._attempts += 1
         self.semantic_hash = decision.semantic_hash
@@ -232,8 +245,14 @@ class Generation:
         decision = attempt.decision
         worker_id = decision.prefill or decision.decode
         assert worker_id is not None
+        if decision.path is Path.ADOPTED:
+            assert self.job.transfer is not None
+            attempt.transfer = self.job.transfer.params
+            self._cached_tokens = min(self.job.transfer.cached_tokens, len(self.job.prompt_ids) - 1)
+            self._offer(attempt)
+            return
         try:
-            self._pool.submit(worker_id, attempt.request, handoff=attempt.remote)
+            self._pool.submit(worker_id, attempt.request, handoff=attempt.hands_over)
         except Unavailable as error:
             raise WorkerFault(worker_id, error, lost=True) from None
         attempt.prefill_active = worker_id == decision.prefill
@@ -244,16 +263,10 @@ class Generation:
 
     def _abort(self, attempt: Attempt) -> None:
         """Stop the attempt wherever it may still hold something."""
-        request = attempt.request
-        if attempt.prefill_active and attempt.decision.prefill is not None:
-            self._pool.abort(attempt.decision.prefill, request.request_id, request.attempt)
-        if attempt.decode_active and attempt.decode is not None:
-            self._pool.abort(attempt.decode, request.request_id, request.attempt)
-        attempt.prefill_active = attempt.decode_active = False
+        for worker_id in attempt.close():
+            self._pool.abort(worker_id, attempt.request.request_id, attempt.request.attempt)
         if self._attempt is attempt:
             self._attempt = None
-        if not attempt.over.cancel() and not attempt.over.cancelled():
-            attempt.over.exception()  # looked at, so that asyncio does not warn
 
     # Token path: called by the worker pool
 
@@ -274,7 +287,7 @@ class Generation:
             attempt.fail(error)
         except Exception:  # one request's bug must not disturb the frame's other requests
             logger.exception("request %s: event of %s", self.job.request_id, worker_id)
-            attempt.fail(EngineFailure("unexpected error in the router"))
+            attempt.fail(EngineFailure(_BUG))
 
     def on_worker_lost(self, worker_id: WorkerId, reason: str) -> None:
         """A session broke; the attempt ends if it needed that worker."""
@@ -287,10 +300,16 @@ class Generation:
         match event:
             case TokensOut():
                 self._on_tokens(attempt, worker_id, event)
+            case PromptScores():
+                self._output.scores.add(event)
+                if self._output.scores.complete and attempt.early:
+                    self._emit_early(attempt)
             case PrefillStarted():
-                if not self._emitted:  # a replay keeps the first attempt's
+                if not self._output.emitted:  # a replay keeps the first attempt's
                     self._cached_tokens = event.cached_tokens
-                if attempt.remote and worker_id == attempt.decision.prefill:
+                if attempt.decision.path is Path.EXPORTED:
+                    self.kv_transfer_params = json.loads(event.kv_transfer_params)
+                elif attempt.remote and worker_id == attempt.decision.prefill:
                     attempt.transfer = event.kv_transfer_params
                     self._offer(attempt)
             case Adopted():
@@ -306,18 +325,24 @@ class Generation:
                 if event.num_bytes:
                     self._metrics.handoff(event)
             case RequestFailed():
-                error = error_of(event.kind, event.message)
+                error = error_of(event.kind, event.message, event.param)
                 self._worker_gone(attempt, worker_id, WorkerFault(worker_id, error))
 
     def _worker_gone(self, attempt: Attempt, worker_id: WorkerId, fault: WorkerFault) -> None:
-        """A worker does no more for the attempt. Once a D accepted, it can do without the P."""
+        """A worker does no more for the attempt.
+
+        Once a D accepted, it can do without the P; but if it took the prompt's KV before the P
+        told us the prompt's scores, nobody will.
+        """
         if worker_id == attempt.decode:
             if attempt.decode_active:
                 attempt.decode_active = False
                 attempt.fail(fault)
-        elif worker_id == attempt.decision.prefill and attempt.prefill_active:
+        elif worker_id == attempt.decision.prefill:
+            attempt.prefill_gone = True
+            needed = attempt.prefill_active and not (attempt.remote and attempt.accepted)
             attempt.prefill_active = False
-            if not (attempt.remote and attempt.accepted):
+            if needed or attempt.early:
                 attempt.fail(fault)
 
     def _offer(self, attempt: Attempt) -> None:
@@ -355,6 +380,9 @@ class Generation:
             self._emit(attempt, attempt.decision.prefill, event)
 
     def _on_tokens(self, attempt: Attempt, worker_id: WorkerId, event: TokensOut) -> None:
+        if attempt.decision.path is Path.EXPORTED:
+            attempt.prefill_active = False  # it keeps the KV, under its lease
+            event = replace(event, finish=FinishReason.LENGTH)
         if not attempt.remote:
             self._emit(attempt, worker_id, event)
             return
@@ -362,7 +390,12 @@ class Generation:
             attempt.prefill_active = False  # its blocks were read and released
             if not attempt.accepted:
                 self._accept(attempt)
-            self._emit(attempt, worker_id, event)
+            if self._output.scores.complete:
+                self._emit(attempt, worker_id, event)
+            elif attempt.prefill_gone:
+                raise WorkerFault(worker_id, Unavailable("a worker was lost"), lost=True)
+            else:  # it has overtaken the P's
+                attempt.early.append(event)
             return
         if attempt.accepted:
             self._emit(attempt, worker_id, event)
@@ -373,28 +406,45 @@ class Generation:
             attempt.prefill_active = False
             self._accept(attempt)
 
+    def _emit_early(self, attempt: Attempt) -> None:
+        early, attempt.early = attempt.early, []
+        for event in early:
+            assert attempt.decode is not None
+            self._emit(attempt, attempt.decode, event)
+
     def _emit(self, attempt: Attempt, worker_id: WorkerId, event: TokensOut) -> None:
-        """Put a frame's new tokens into the outbox.
+        """Put a frame's new tokens into the outbox, those of beams when all have come.
 
         Raises:
             TokenFault: the tokens contradict earlier ones.
+            EngineFailure: they came without the prompt's scores.
             SlowReader: the outbox is full.
             WorkerFault: the worker gave the choice up.
         """
-        if not 0 <= event.choice < len(self._choices):
+        if not 0 <= event.choice < len(self._output.choices):
             raise TokenFault(f"choice {event.choice} does not exist")
-        gave_up = event.finish is FinishReason.ABORT
-        choice = self._choices[event.choice]
-        piece = choice.add(replace(event, finish=None) if gave_up else event, self._emitted)
-        if piece is not None:
-            self._emitted = piece.completion_tokens
-            self._times.frame(len(piece.token_ids), piece.finish_reason)
-            self.outbox.put(piece)
-        if gave_up and not choice.finished:
+        if not self._output.scores.complete:
+            raise EngineFailure("a worker sent tokens before the prompt's log-probabilities")
+        if not self.job.params.beam:
+            self._show(attempt, worker_id, event)
+            return
+        if event.finish is FinishReason.ABORT:
             raise WorkerFault(worker_id, Unavailable("a worker stopped the request"))
-        if event.finish is not None and all(c.worker_finished for c in self._choices):
+        if event.finish is None:  # candidates; what becomes of them is not known
+            return
+        attempt.beams[event.choice] = event
+        if len(attempt.beams) == len(self._output.choices):
+            for _, beam in sorted(attempt.beams.items()):
+                self._show(attempt, worker_id, beam)
+
+    def _show(self, attempt: Attempt, worker_id: WorkerId, event: TokensOut) -> None:
+        gave_up = event.finish is FinishReason.ABORT
+        self._output.show(replace(event, finish=None) if gave_up else event)
+        if gave_up and not self._output.choices[event.choice].finished:
+            raise WorkerFault(worker_id, Unavailable("a worker stopped the request"))
+        if event.finish is not None and self._output.worker_finished:
             attempt.decode_active = False
             if attempt.decision.path is Path.PREFILL_ONLY:
                 attempt.prefill_active = False
-        if all(c.finished for c in self._choices):
+        if self._output.finished:
             attempt.finish()

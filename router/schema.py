@@ -1,112 +1,163 @@
-"""What clients may send to POST /v1/chat/completions: types here, ranges in `router.sampling`."""
+"""What clients may send to POST /v1/chat/completions, and what it shares with /v1/completions.
 
+Types are checked here, ranges in `router.ranges`; `router.sampling` resolves the defaults.
+"""
+
+import logging
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError
-from pydantic_core import PydanticCustomError
+from router.schema_tools import Processors, ResponseFormat, StructuredOutputs, Tools
+from router.schema_types import (
+    Bias,
+    Documents,
+    Extras,
+    Fields,
+    Flag,
+    Integer,
+    Integers,
+    JsonObject,
+    JsonObjects,
+    Real,
+    RequestIdText,
+    TextOrObject,
+    Texts,
+    WordList,
+    parse_fields,
+)
 
-from contracts.errors import InvalidRequest
-from router.http_errors import MalformedRequest
+logger = logging.getLogger(__name__)
 
-_INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
-_REQUEST_ID_CHARS = 1024
-
-
-def _number(value: object) -> object:
-    """A JSON true or false is not a number, although Python thinks so."""
-    if isinstance(value, bool):
-        raise PydanticCustomError("number", "Input should be a number, not a boolean")
-    return value
-
-
-def _stop(value: object) -> object:
-    """One text or a list of texts, as a list."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, list) and all(isinstance(item, str) for item in value):
-        return value
-    raise PydanticCustomError("stop", "Input should be a string or a list of strings")
+_GONE = (  # how older clients asked for constraints; they have had no effect for long
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "guided_json_object",
+    "guided_decoding_backend",
+    "guided_whitespace_pattern",
+)
+_warned: set[str] = set()
 
 
-Integer = Annotated[int, BeforeValidator(_number)]
-Real = Annotated[float, BeforeValidator(_number)]
-Seed = Annotated[Integer, Field(ge=_INT64_MIN, le=_INT64_MAX)]
-Stops = Annotated[list[str], BeforeValidator(_stop)]
-
-
-class StreamOptions(BaseModel):
+class StreamOptions(Fields):
     """What a stream carries besides text."""
 
-    model_config = ConfigDict(extra="ignore")
-    include_usage: StrictBool | None = None
-    continuous_usage_stats: StrictBool | None = None
+    include_usage: Flag | None = None
+    continuous_usage_stats: Flag | None = None
 
 
-class ChatRequest(BaseModel):
-    """The supported fields; null is the same as absent, unknown fields are ignored."""
+class SharedFields(Fields):
+    """The fields that chat and text completions share; None everywhere means not given."""
 
-    model_config = ConfigDict(extra="ignore", protected_namespaces=())
-    messages: list[dict[str, Any]]
     model: str | None = None
+    # How many, and when they end
     max_tokens: Integer | None = None
-    max_completion_tokens: Integer | None = None
+    min_tokens: Integer | None = None
+    n: Integer | None = None
+    stop: Texts | None = None
+    stop_token_ids: Integers | None = None
+    ignore_eos: Flag | None = None
+    include_stop_str_in_output: Flag | None = None
+    # How tokens are drawn
     temperature: Real | None = None
     top_p: Real | None = None
     top_k: Integer | None = None
-    seed: Seed | None = None
-    stop: Stops | None = None
-    stop_token_ids: list[Integer] | None = None
-    ignore_eos: StrictBool | None = None
-    n: Integer | None = None
-    logprobs: StrictBool | None = None
-    top_logprobs: Integer | None = None
-    return_token_ids: StrictBool | None = None
-    stream: StrictBool | None = None
+    min_p: Real | None = None
+    seed: Integer | None = None
+    frequency_penalty: Real | None = None
+    presence_penalty: Real | None = None
+    repetition_penalty: Real | None = None
+    logit_bias: Bias | None = None
+    allowed_token_ids: Integers | None = None
+    bad_words: WordList | None = None
+    logits_processors: Processors | None = None
+    vllm_xargs: Extras | None = None
+    use_beam_search: Flag | None = None
+    length_penalty: Real | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    # What is shown of it
+    prompt_logprobs: Integer | None = None
+    echo: Flag | None = None
+    return_token_ids: Flag | None = None
+    return_tokens_as_token_ids: Flag | None = None
+    skip_special_tokens: Flag | None = None
+    spaces_between_special_tokens: Flag | None = None
+    stream: Flag | None = None
     stream_options: StreamOptions | None = None
+    # The prompt
+    add_special_tokens: Flag | None = None
+    truncate_prompt_tokens: Integer | None = None
+    # Scheduling, cache, transfer
     user: str | None = None
-    request_id: Annotated[str, Field(max_length=_REQUEST_ID_CHARS)] | None = None
+    request_id: RequestIdText | None = None
+    priority: Integer | None = None
+    cache_salt: str | None = None
+    kv_transfer_params: JsonObject | None = None
+
+    @property
+    def limits(self) -> tuple[tuple[str, int | None], ...]:
+        """Output limits by name, the one that wins first."""
+        return (("max_tokens", self.max_tokens),)
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """Alternatives for each output token; -1: the whole vocabulary; None: none at all."""
+        return None
+
+    @property
+    def wanted_prompt_logprobs(self) -> int | None:
+        """The same for each prompt token; `echo` implies them."""
+        return self.prompt_logprobs
 
 
-NEUTRAL: dict[str, tuple[object, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "min_p": (0,),
-    "logit_bias": ({},),
-    "allowed_token_ids": (),
-    "bad_words": ([],),
-    "logits_processors": ([],),
-    "vllm_xargs": ({},),
-    "use_beam_search": (False,),
-    "length_penalty": (1,),
-    "min_tokens": (0,),
-    "include_stop_str_in_output": (False,),
-    "prompt_logprobs": (),
-    "echo": (False,),
-    "return_tokens_as_token_ids": (False,),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
-    "add_special_tokens": (False,),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "documents": ([],),
-    "mm_processor_kwargs": ({},),
-    "truncate_prompt_tokens": (),
-    "tools": (),
-    "tool_choice": ("none",),
-    "parallel_tool_calls": (True,),
-    "reasoning_effort": (),
-    "include_reasoning": (True,),
-    "response_format": (),
-    "structured_outputs": (),
-    "priority": (0,),
-    "cache_salt": (),
-    "kv_transfer_params": ({},),
-}
-"""Fields of the API document that are not supported yet, with the values that change nothing."""
+class PromptFields(Fields):
+    """What shapes the prompt of a conversation besides its messages and tools."""
+
+    add_generation_prompt: Flag | None = None
+    continue_final_message: Flag | None = None
+    add_special_tokens: Flag | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: JsonObject | None = None
+    documents: Documents | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
+        None
+    )
+
+
+class ChatRequest(SharedFields, PromptFields):
+    """All fields of the chat API."""
+
+    messages: JsonObjects
+    max_completion_tokens: Integer | None = None
+    logprobs: Flag | None = None
+    top_logprobs: Integer | None = None
+    tools: Tools | None = None
+    tool_choice: TextOrObject | None = None
+    parallel_tool_calls: Flag | None = None
+    include_reasoning: Flag | None = None
+    mm_processor_kwargs: JsonObject | None = None
+
+    @property
+    def limits(self) -> tuple[tuple[str, int | None], ...]:
+        """Output limits by name, the one that wins first."""
+        return (
+            ("max_completion_tokens", self.max_completion_tokens),
+            ("max_tokens", self.max_tokens),
+        )
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """Alternatives for each output token; -1: the whole vocabulary; None: none at all."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def wanted_prompt_logprobs(self) -> int | None:
+        """The same for each prompt token; `echo` implies them."""
+        if self.echo and self.prompt_logprobs is None:
+            return self.top_logprobs or 0
+        return self.prompt_logprobs
 
 
 def parse_chat_request(body: Mapping[str, object]) -> ChatRequest:
@@ -114,25 +165,16 @@ def parse_chat_request(body: Mapping[str, object]) -> ChatRequest:
 
     Raises:
         MalformedRequest: a missing or wrongly typed field; `param` reads like `body.temperature`.
-        InvalidRequest: a field of the document that is not supported yet.
     """
-    try:
-        request = ChatRequest.model_validate(body)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        param = ".".join(["body", *(str(part) for part in first["loc"])])
-        raise MalformedRequest(f"{param}: {first['msg']}", param) from None
-    for name, neutral in NEUTRAL.items():
-        value = body.get(name)
-        if value is not None and not _is_neutral(name, value, neutral):
-            raise InvalidRequest(f"{name} is not supported yet", name)
-    return request
+    warn_of_gone_fields(body)
+    return parse_fields(ChatRequest, body)
 
 
-def _is_neutral(name: str, value: object, neutral: tuple[object, ...]) -> bool:
-    if name == "response_format":
-        return isinstance(value, dict) and value.get("type") == "text"
-    return any(
-        isinstance(value, bool) == isinstance(candidate, bool) and value == candidate
-        for candidate in neutral
-    )
+def warn_of_gone_fields(body: Mapping[str, object]) -> None:
+    """Say once for each such field that it constrains nothing."""
+    for name in _GONE:
+        if body.get(name) is not None and name not in _warned:
+            _warned.add(name)
+            logger.warning(
+                "a request holds %s, which has no effect; structured_outputs replaces it", name
+            )

@@ -1,101 +1,54 @@
-"""Server-sent events: one chunk a piece, written without waiting for anything but the client."""
+"""Server-sent events: pieces to chunks, written without waiting for anything but the client."""
 
 import asyncio
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from json.encoder import encode_basestring
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from contracts.errors import ServingError
-from router.choice import Piece
+from router.deltas import Content, Delta, Reasoning, ToolArguments, ToolCallStart
 from router.disconnect import disconnected
 from router.http_errors import body_of, encode
 from router.job import Usage
+from router.logprobs import logprobs_json
 from router.metrics import RouterMetrics
-from router.outbox import SlowReader
-from router.request import Generation
-from router.responses import AnswerHead, logprobs_json, usage_json
+from router.offload import apart, dumps
+from router.outbox import Outbox, SlowReader
+from router.pieces import Piece
+from router.responses import AnswerHead, usage_json
 
 DONE = b"data: [DONE]\n\n"
 HEADERS = {"X-Accel-Buffering": "no", "Cache-Control": "no-cache"}
+KEEP_ALIVE = b": keep-alive\n\n"
+KEEP_ALIVE_S = 15.0  # of silence, until such a comment is sent
+
+_NOT_FINISHED = '"finish_reason":null'
+_NO_LOGPROBS = '"logprobs":null'
+_CONTENT = '"content":'
 
 
-def _dumps(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-
-
-class ChunkEncoder:
-    """Pieces to events. What all chunks share is written once, ahead of time."""
-
-    def __init__(
-        self, head: AnswerHead, *, include_usage: bool = False, continuous_usage: bool = False
-    ) -> None:
-        self._head = head
-        self._include_usage = include_usage
-        self._continuous = include_usage and continuous_usage
-        self._always = head.want_token_ids or head.want_logprobs
-        self._prefix = (
-            f'data: {{"id":{_dumps(head.response_id)},"object":"chat.completion.chunk",'
-            f'"created":{head.created},"model":{_dumps(head.model)},"choices":['
-        )
+class EventEncoder(Protocol):
+    """Pieces to events, for one endpoint's kind of stream."""
 
     def encode(self, piece: Piece, usage: Usage) -> str:
-        """The chunk or chunks of a piece; empty if there is nothing to see in it.
+        """The events of a piece; empty if there is nothing to see in it."""
+        ...
 
-        The role goes out with the choice's first token. A choice that ends with its first piece
-        has two chunks, so that each choice has a first one and a finish one.
-        """
-        finish = self._finish(piece)
-        tail = self._usage_field(piece, usage)
-        if piece.first:
-            head = self._chunk(piece, '"role":"assistant",', self._NOT_FINISHED, tail, first=True)
-            if piece.finish_reason is None:
-                return head
-            end = f'{{"index":{piece.choice},"delta":{{"content":""}},"logprobs":null,{finish}}}]'
-            return f"{head}{self._prefix}{end}{tail}}}\n\n"
-        if not piece.text and piece.finish_reason is None and not self._always:
-            return ""
-        return self._chunk(piece, "", finish, tail)
-
-    _NOT_FINISHED = '"finish_reason":null'
-
-    def _finish(self, piece: Piece) -> str:
-        if piece.finish_reason is None:
-            return self._NOT_FINISHED
-        return f'"finish_reason":"{piece.finish_reason}","stop_reason":{_dumps(piece.stop_reason)}'
-
-    def _usage_field(self, piece: Piece, usage: Usage) -> str:
-        if not self._continuous:
-            return ""
-        now = Usage(usage.prompt_tokens, piece.completion_tokens, usage.cached_tokens)
-        return f',"usage":{_dumps(usage_json(now))}'
-
-    def _chunk(
-        self, piece: Piece, role: str, finish: str, tail: str, *, first: bool = False
-    ) -> str:
-        logprobs = "null"
-        if self._head.want_logprobs and piece.logprobs:
-            logprobs = _dumps(logprobs_json(piece.logprobs))
-        ids = prompt = ""
-        if self._head.want_token_ids:
-            ids = f',"token_ids":{_dumps(piece.token_ids)}'
-            if first:
-                prompt = f',"prompt_token_ids":{_dumps(self._head.prompt_ids)}'
-        return (
-            f'{self._prefix}{{"index":{piece.choice},"delta":{{{role}"content":'
-            f'{encode_basestring(piece.text)}}},"logprobs":{logprobs},{finish}{ids}}}]'
-            f"{prompt}{tail}}}\n\n"
-        )
+    def heavy(self, pieces: Sequence[Piece]) -> bool:
+        """Whether these (none: the end) may take long to write, so that a thread is to do it."""
+        ...
 
     def end(self, usage: Usage) -> bytes:
-        """The last events: usage if it was asked for, then the end mark."""
-        if not self._include_usage:
-            return DONE
-        chunk = f'{self._prefix}],"usage":{_dumps(usage_json(usage))}}}\n\n'
-        return chunk.encode() + DONE
+        """The last events of a stream that ended well."""
+        ...
+
+    def error(self, error: ServingError) -> bytes:
+        """The last events of one that did not."""
+        ...
 
 
 def error_events(error: ServingError) -> bytes:
@@ -103,27 +56,169 @@ def error_events(error: ServingError) -> bytes:
     return b"data: " + encode(body_of(error)) + b"\n\n" + DONE
 
 
+def delta_json(delta: Delta) -> str:
+    """The inside of a chat chunk's `delta` object."""
+    match delta:
+        case Content(text):
+            return _CONTENT + encode_basestring(text)
+        case Reasoning(text):
+            thoughts = encode_basestring(text)
+            return f'"reasoning":{thoughts},"reasoning_content":{thoughts}'
+        case ToolCallStart(index, call_id, name):
+            call: dict[str, Any] = {"index": index, "id": call_id, "type": "function"}
+            call["function"] = {"name": name, "arguments": ""}
+        case ToolArguments(index, text):
+            call = {"index": index, "function": {"arguments": text}}
+    return f'"tool_calls":[{dumps(call)}]'
+
+
+class ChunkEncoder:
+    """Pieces to a chat's chunks. What all of them share is written once, ahead of time."""
+
+    def __init__(
+        self, head: AnswerHead, *, include_usage: bool = False, continuous_usage: bool = False
+    ) -> None:
+        self._head = head
+        self._include_usage = include_usage
+        self._continuous = include_usage and continuous_usage
+        self._prefix = (
+            f'data: {{"id":{dumps(head.response_id)},"object":"chat.completion.chunk",'
+            f'"created":{head.created},"model":{dumps(head.model)},"choices":['
+        )
+        self._role = f'"role":{dumps(head.role)},'
+
+    def encode(self, piece: Piece, usage: Usage) -> str:
+        """The chunk or chunks of a piece; empty if there is nothing to see in it."""
+        tail = self._usage_field(piece, usage) if self._continuous else ""
+        if piece.first or piece.deltas:
+            return self._several(piece, tail)
+        logprobs, ids = self._logprobs(piece), self._ids(piece)
+        if not piece.text and piece.finish_reason is None and logprobs is _NO_LOGPROBS and not ids:
+            return ""
+        return (
+            f'{self._prefix}{{"index":{piece.choice},"delta":{{{_CONTENT}'
+            f"{encode_basestring(piece.text)}}},{logprobs},{self._finish(piece)}{ids}}}]{tail}}}\n\n"
+        )
+
+    def heavy(self, pieces: Sequence[Piece]) -> bool:
+        """Never: a piece is what one frame brought."""
+        return False
+
+    def _several(self, piece: Piece, tail: str) -> str:
+        """The chunks of a choice's first piece, or of one that was parsed: one for each part.
+
+        The role goes out with the first token, and `echo`'s text before that token's. Each choice
+        has a first chunk and another one that finishes it; only content shares the finishing one.
+        Ids and log-probabilities are in the first chunk that shows a part of the piece.
+        """
+        deltas = [delta_json(part) for part in piece.parts]
+        described = 0
+        if piece.first:
+            if deltas and deltas[0].startswith(_CONTENT) and not self._head.echo:
+                deltas[0] = self._role + deltas[0]
+            else:
+                described = 1 if deltas else 0
+                deltas.insert(0, f"{self._role}{_CONTENT}{encode_basestring(self._head.echo)}")
+        if piece.finish_reason is not None and (piece.first or not deltas[-1].startswith(_CONTENT)):
+            deltas.append(f'{_CONTENT}""')
+        chunks: list[str] = []
+        for index, delta in enumerate(deltas):
+            logprobs, ids, prompt = _NO_LOGPROBS, "", ""
+            if index == described:
+                logprobs, ids = self._logprobs(piece), self._ids(piece)
+            if index == 0 and piece.first and self._head.want_token_ids:
+                prompt = f',"prompt_token_ids":{dumps(self._head.prompt_ids)}'
+            finish = self._finish(piece) if index == len(deltas) - 1 else _NOT_FINISHED
+            chunks.append(
+                f'{self._prefix}{{"index":{piece.choice},"delta":{{{delta}}},'
+                f"{logprobs},{finish}{ids}}}]{prompt}{tail}}}\n\n"
+            )
+        return "".join(chunks)
+
+    def _finish(self, piece: Piece) -> str:
+        if piece.finish_reason is None:
+            return _NOT_FINISHED
+        return f'"finish_reason":"{piece.finish_reason}","stop_reason":{dumps(piece.stop_reason)}'
+
+    def _logprobs(self, piece: Piece) -> str:
+        if not (piece.logprobs and self._head.want_logprobs):
+            return _NO_LOGPROBS
+        return f'"logprobs":{dumps(logprobs_json(piece.logprobs))}'
+
+    def _ids(self, piece: Piece) -> str:
+        if not (piece.token_ids and self._head.want_token_ids):
+            return ""
+        return f',"token_ids":{dumps(piece.token_ids)}'
+
+    def _usage_field(self, piece: Piece, usage: Usage) -> str:
+        thoughts = None if usage.reasoning_tokens is None else piece.reasoning_tokens
+        now = replace(usage, completion_tokens=piece.completion_tokens, reasoning_tokens=thoughts)
+        return f',"usage":{dumps(usage_json(now))}'
+
+    def end(self, usage: Usage) -> bytes:
+        """The last events: usage if it was asked for, then the end mark."""
+        if not self._include_usage:
+            return DONE
+        chunk = f'{self._prefix}],"usage":{dumps(usage_json(usage))}}}\n\n'
+        return chunk.encode() + DONE
+
+    def error(self, error: ServingError) -> bytes:
+        """The error, then the end mark."""
+        return error_events(error)
+
+
+def _encoded(encoder: EventEncoder, pieces: Sequence[Piece], usage: Usage) -> bytes:
+    return "".join([encoder.encode(piece, usage) for piece in pieces]).encode("utf-8", "replace")
+
+
+class PieceSource(Protocol):
+    """What is streamed; a Generation is one."""
+
+    @property
+    def outbox(self) -> Outbox:
+        """The pieces."""
+        ...
+
+    @property
+    def usage(self) -> Usage:
+        """Counts so far."""
+        ...
+
+    def stop(self) -> None:
+        """Release everything now; the outbox ends. Idempotent."""
+        ...
+
+    async def aclose(self) -> None:
+        """`stop`, then wait until it is done."""
+        ...
+
+
 class EventStream(StreamingResponse):
-    """Streams a generation that has something to say. However it ends, the generation does too."""
+    """Streams a source that has something to say. However it ends, the source does too."""
 
     def __init__(
         self,
-        generation: Generation,
-        encoder: ChunkEncoder,
+        source: PieceSource,
+        encoder: EventEncoder,
         metrics: RouterMetrics,
         on_end: Callable[[], None],
+        *,
+        keep_alive_s: float = KEEP_ALIVE_S,
     ) -> None:
         super().__init__(content=(), media_type="text/event-stream", headers=HEADERS)
-        self._generation = generation
+        self._source = source
         self._encoder = encoder
         self._metrics = metrics
         self._on_end = on_end
+        self._keep_alive_s = keep_alive_s
+        self._silent = False  # nothing was written since the timer fired
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Write until the end, the client's disconnect, or a full buffer."""
         writer = asyncio.create_task(self._write(send))
         gone = asyncio.create_task(disconnected(receive))
-        full = asyncio.create_task(self._generation.outbox.overflowed())
+        full = asyncio.create_task(self._source.outbox.overflowed())
+        ticker = asyncio.create_task(self._tick())
         try:
             await asyncio.wait({writer, gone, full}, return_when=asyncio.FIRST_COMPLETED)
             if writer.done():
@@ -136,29 +231,43 @@ class EventStream(StreamingResponse):
             self._metrics.disconnects.inc()
             raise
         finally:
-            for task in (writer, gone, full):
+            for task in (writer, gone, full, ticker):
                 task.cancel()
-            self._generation.stop()
+            self._source.stop()
             self._on_end()
-            await asyncio.gather(writer, gone, full, return_exceptions=True)
-            await self._generation.aclose()
+            await asyncio.gather(writer, gone, full, ticker, return_exceptions=True)
+            await self._source.aclose()
 
     async def _write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        outbox, encoder = self._generation.outbox, self._encoder
         try:
-            while pieces := await outbox.take():
-                usage = self._generation.usage
-                text = "".join(encoder.encode(piece, usage) for piece in pieces)
-                if text:
-                    await self._send(send, text.encode())
-            last = encoder.end(self._generation.usage)
+            await self._write_pieces(send)
+            usage = self._source.usage
+            last = await apart(self._encoder.heavy(()), lambda: self._encoder.end(usage))
         except SlowReader:
             return  # the connection is cut: it would not be read
         except ServingError as error:
-            last = error_events(error)
+            last = self._encoder.error(error)
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
-    @staticmethod
-    async def _send(send: Send, body: bytes) -> None:
-        await send({"type": "http.response.body", "body": body, "more_body": True})
+    async def _write_pieces(self, send: Send) -> None:
+        outbox, encoder = self._source.outbox, self._encoder
+        while (pieces := await outbox.take()) or not outbox.over:
+            usage = self._source.usage
+            if encoder.heavy(pieces):
+                body = await asyncio.to_thread(_encoded, encoder, pieces, usage)
+            else:
+                body = _encoded(encoder, pieces, usage)
+            if not body and self._silent:
+                body = KEEP_ALIVE
+            if body:
+                self._silent = False
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+
+    async def _tick(self) -> None:
+        """Wake the writer when it has been silent for one to two intervals."""
+        while True:
+            await asyncio.sleep(self._keep_alive_s / 2)
+            if self._silent:
+                self._source.outbox.nudge()
+            self._silent = True

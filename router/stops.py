@@ -6,7 +6,7 @@ from collections.abc import Sequence
 class _Matcher:
     """Knuth-Morris-Pratt over one stop string; the table grows only as far as it is needed.
 
-    `state` is the length of the longest end of the text that begins the stop string.
+    `state` is the length of the longest end of the text that may grow into the stop string.
     """
 
     __slots__ = ("_borders", "needle", "state")
@@ -25,8 +25,9 @@ class _Matcher:
             state += 1
         if state == len(borders):
             self._extend(state)
-        self.state = state
-        return state == len(needle)
+        complete = state == len(needle)
+        self.state = borders[state] if complete else state
+        return complete
 
     def _extend(self, length: int) -> None:
         """Compute the border of needle[:length], given all the shorter ones."""
@@ -41,19 +42,24 @@ class StopStrings:
     """Lets text through up to what may still become a stop string.
 
     The stop string that is complete first wins; of several that end at the same character, the
-    longest. The text is cut before it. What is let through never has to be taken back: it is
-    held as long as it is the beginning of a stop string, and no longer.
+    longest. The text is cut before it, or after it with `include`. What is let through never has
+    to be taken back: it is held as long as it is the beginning of a stop string, and no longer.
     """
 
-    __slots__ = ("_held", "_matchers", "matched")
+    __slots__ = ("_held", "_include", "_matchers", "matched")
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
+        self._include = include
         self._matchers = [_Matcher(stop) for stop in sorted(set(stops), key=len, reverse=True)]
         self._held = ""
         self.matched: str | None = None
 
-    def push(self, text: str) -> str:
-        """Take new text, return what may be shown. After a match nothing more is shown."""
+    def push(self, text: str, heed: bool = True) -> str:
+        """Take new text, return what may be shown. After a match nothing more is shown.
+
+        Without `heed` a stop string that is complete in this text means nothing; one that begins
+        in it may still match later.
+        """
         if not self._matchers:
             return text
         if self.matched is not None:
@@ -61,10 +67,12 @@ class StopStrings:
         buffer = self._held + text
         for index, char in enumerate(text, len(self._held)):
             hits = [matcher.needle for matcher in self._matchers if matcher.push(char)]
-            if hits:
+            if hits and heed:
                 self.matched = hits[0]
                 self._held = ""
-                return buffer[: index + 1 - len(hits[0])]
+                return buffer[: index + 1 - (0 if self._include else len(hits[0]))]
+        if self._include:
+            return text
         keep = max(matcher.state for matcher in self._matchers)
         cut = len(buffer) - keep
         self._held = buffer[cut:]

@@ -25,7 +25,7 @@ from tests.support.router_http import Served, serve
         ({"messages": []}, 400, "BadRequestError", "messages"),
         ({"messages": None}, 400, "Bad Request", "body.messages"),
         ({"model": "gpt"}, 404, "NotFoundError", "model"),
-        ({"frequency_penalty": 1}, 400, "BadRequestError", "frequency_penalty"),
+        ({"frequency_penalty": 3}, 400, "BadRequestError", "frequency_penalty"),
         ({"messages": [{"role": "user", "content": "x " * 800}]}, 400, None, "input_tokens"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
@@ -139,6 +139,107 @@ async def test_cors(tmp_path: Path) -> None:
         )
         assert response.status_code == 200
         assert response.headers["access-control-allow-origin"] == "*"
+
+
+async def test_cors_settings(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "allowed_origins": ("http://a.example",),
+        "allowed_methods": ("POST",),
+        "allowed_headers": ("x-mine",),
+        "allow_credentials": True,
+    }
+    async with serve(tmp_path, **settings) as served:
+        asked = {
+            "access-control-request-method": "POST",
+            "access-control-request-headers": "x-mine",
+        }
+        found = []
+        for origin, more in (
+            ("http://a.example", {}),
+            ("http://b.example", {}),
+            ("http://a.example", {"access-control-request-method": "GET"}),
+            ("http://a.example", {"access-control-request-headers": "x-other"}),
+        ):
+            headers = {"origin": origin, **asked, **more}
+            response = await served.client.options("/v1/models", headers=headers)
+            found.append(response.status_code)
+        answer = await served.client.get("/v1/models", headers={"origin": "http://a.example"})
+    assert found == [200, 400, 400, 400]
+    assert answer.headers["access-control-allow-origin"] == "http://a.example"
+    assert answer.headers["access-control-allow-credentials"] == "true"
+    assert answer.headers["access-control-expose-headers"] == "X-Request-Id"
+
+
+@pytest.mark.parametrize(
+    ("rank", "status"),
+    [("0", 200), (" 1 ", 200), ("2", 400), ("-1", 400), ("first", 200), ("1.5", 200), ("", 200)],
+)
+async def test_data_parallel_rank(tmp_path: Path, rank: str, status: int) -> None:
+    async with serve(tmp_path, "pdd") as served:
+        response = await served.client.post(
+            "/v1/chat/completions",
+            json={"messages": [{"role": "user", "content": "x"}]},
+            headers={"X-data-parallel-rank": rank, "traceparent": "nonsense"},
+        )
+    assert response.status_code == status
+    if status == 400:
+        assert response.json()["error"]["param"] == "X-data-parallel-rank"
+
+
+async def test_a_path_is_what_it_is(tmp_path: Path) -> None:
+    async with serve(tmp_path) as served:
+        assert (await served.client.get("/health/")).status_code == 404
+        head = await served.client.head("/health")
+        wrong = await served.client.put("/v1/completions")
+    assert (head.status_code, head.content) == (200, b"")
+    assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
+
+
+async def test_load(tmp_path: Path) -> None:
+    async with serve(tmp_path) as served:
+        served.d.pause_at = 0
+        first = asyncio.create_task(served.full())
+        await until(lambda: served.d.paused.is_set())
+        busy = (await served.client.get("/load")).json()
+        served.d.resume()
+        await first
+        idle = (await served.client.get("/load")).json()
+    assert (busy, idle) == ({"server_load": 1}, {"server_load": 0})
+
+
+async def test_a_bug_of_ours_is_an_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serve(tmp_path) as served:
+        service = served.app.state.serving.service
+        monkeypatch.setattr(service, "prompts", None)
+        response = await served.chat()
+        assert service.in_flight == 0
+    assert response.status_code == 500
+    assert response.json()["error"]["type"] == "InternalServerError"
+    assert "NoneType" not in response.text
+    assert "a request failed" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "count"),
+    [("/v1/completions", {"prompt": ["a", "b", "c"]}, 3), ("/v1/responses", {"input": "a"}, 1)],
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_of_the_siblings_that_leaves_is_aborted(
+    tmp_path: Path, path: str, fields: dict[str, Any], count: int, stream: bool
+) -> None:
+    async with serve(tmp_path) as served, listening(served) as client:
+        served.d.pause_at = 2
+        request = asyncio.create_task(
+            client.post(path, json={**fields, "stream": stream}, timeout=30)
+        )
+        await until(lambda: len(served.d.adopted) == count and served.d.paused.is_set())
+        request.cancel()
+        await asyncio.gather(request, return_exceptions=True)
+        await until(lambda: len(served.d.aborted) == count)
+        await until(lambda: served.idle)
+        assert served.app.state.serving.service.in_flight == 0
 
 
 async def test_request_ids(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+from cluster.front import resolve_front
 from cluster.settings import ClusterSettings, load_settings
 
 FOLDER = Path(__file__).parents[2] / "cluster_configs"
@@ -114,6 +115,15 @@ def test_the_deployment_names_are_those_of_the_application() -> None:
     source = (FOLDER.parent / "cluster" / "serve_app.py").read_text()
     for deployment in ("Router", "PrefillWorker", "DecodeWorker"):
         assert f'"{deployment}"' in source
+
+
+def test_the_options_are_those_of_a_router(tmp_path: Path) -> None:
+    settings = load_settings({"model": "m"}, file=FOLDER / "local_options.yaml", environ={})
+    config = resolve_front(settings, tmp_path).router_config(settings, str(tmp_path), "0123456789")
+    assert config.names == ("chat", "chat-latest")
+    assert (config.tool_call_parser, config.reasoning_parser) == ("hermes", "qwen3")
+    assert config.override_generation_config == {"temperature": 0.7}
+    assert config.max_body_bytes == 8 << 20
 
 
 def test_there_is_a_setting_for_every_key() -> None:

@@ -75,6 +75,31 @@ def test_a_replica_configures_itself_from_what_travels(model: str) -> None:
     assert serve_app.configure_router(spread, "r-1").router_id == "r-1"
 
 
+def test_the_routers_options_travel(model: str, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("one\ntwo\n", encoding="utf-8")
+    flags = {
+        "model": model,
+        "cluster_key": "0123456789",
+        "api_key_file": str(keys),
+        "served_model_name": ["a", "b"],
+        "chat_template": "{{ messages }}",
+        "tool_call_parser": "hermes",
+        "logits_processor_pattern": "a.b",
+        "override_generation_config": {"top_k": 3},
+    }
+    machine = Machine(cores=2, free_bytes=8 << 30)
+    cluster = resolve(load_settings(flags, environ={}), machine, local=False)
+    keys.unlink()  # read where the settings were, not in the replica
+    travelled = pickle.loads(pickle.dumps(cluster))
+    router = serve_app.configure_router(travelled, "r-1")
+    assert (router.api_keys, router.names) == (("one", "two"), ("a", "b"))
+    assert (router.chat_template, router.tool_call_parser) == ("{{ messages }}", "hermes")
+    assert router.override_generation_config == {"top_k": 3}
+    worker = serve_app.configure(travelled, Role.DECODE, "d-1", "10.0.0.9")
+    assert router.logits_processor_pattern == worker.logits_processor_pattern == "a.b"
+
+
 def test_a_node_without_the_model_says_so(model: str, tmp_path: Path) -> None:
     settings = load_settings({"model": model, "cluster_key": "0123456789"}, environ={})
     cluster = resolve(settings, Machine(cores=2, free_bytes=8 << 30), local=False)

@@ -5,11 +5,13 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
 
 from cluster.demo_model import MARKER, SPECIAL_TOKENS, VOCAB_SIZE, ensure_demo_model
+from cluster.demo_template import MARKERS
 from contracts.errors import ConfigurationError
 
 
@@ -77,6 +79,82 @@ def test_tokenizer_fills_the_vocabulary_and_round_trips(demo: Path) -> None:
     assert tokenizer.encode("<|im_start|>user\n").ids[0] == 1
 
 
+def test_markers_of_thoughts_and_calls_are_single_tokens_that_stay_in_the_text(demo: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(demo / "tokenizer.json"))
+    ids = [tokenizer.token_to_id(marker) for marker in MARKERS]
+    assert ids == list(range(VOCAB_SIZE - len(MARKERS), VOCAB_SIZE))
+    text = '<think>a</think><tool_call>{"name": "f"}</tool_call>'
+    encoded = tokenizer.encode(text).ids
+    assert set(ids) <= set(encoded)
+    assert tokenizer.decode(encoded, skip_special_tokens=True) == text
+
+
+USER = {"role": "user", "content": "hi"}
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": "é"}}}
+
+
+@pytest.mark.parametrize(
+    ("messages", "options", "text"),
+    [
+        (
+            [{"role": "system", "content": "s"}, USER, {"role": "assistant", "content": "a"}, USER],
+            {"enable_thinking": True, "tools": [], "documents": []},
+            "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
+            "<|im_start|>assistant\na<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n",
+        ),
+        (
+            [USER],
+            {"enable_thinking": False, "add_generation_prompt": True},
+            "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+        ),
+        (
+            [
+                {
+                    "role": "assistant",
+                    "content": "so",
+                    "reasoning_content": "r",
+                    "tool_calls": [CALL],
+                },
+                {"role": "tool", "content": "1"},
+                {"role": "tool", "content": "2"},
+                {"role": "assistant", "content": "", "tool_calls": [CALL, CALL]},
+            ],
+            {},
+            "<|im_start|>assistant\n<think>\nr\n</think>\n\nso\n"
+            '<tool_call>\n{"name": "f", "arguments": {"a": "é"}}\n</tool_call><|im_end|>\n'
+            "<|im_start|>user\n<tool_response>\n1\n</tool_response>"
+            "\n<tool_response>\n2\n</tool_response><|im_end|>\n"
+            "<|im_start|>assistant\n"
+            '<tool_call>\n{"name": "f", "arguments": {"a": "é"}}\n</tool_call>'
+            '\n<tool_call>\n{"name": "f", "arguments": {"a": "é"}}\n</tool_call><|im_end|>\n',
+        ),
+        (
+            [{"role": "system", "content": "s"}],
+            {
+                "tools": [{"type": "function", "function": {"name": "<f>"}}],
+                "documents": [{"title": "t", "text": "x"}],
+                "reasoning_effort": "low",
+            },
+            "<|im_start|>system\ns\n\nReasoning effort: low\n"
+            "# Documents\n\nAnswer from these documents.\n"
+            '<documents>\n{"title": "t", "text": "x"}\n</documents>\n'
+            "# Tools\n\nThese functions can be called:\n"
+            '<tools>\n{"type": "function", "function": {"name": "<f>"}}\n</tools>\n\n'
+            "To call one, write its name and arguments as JSON between tags:\n"
+            '<tool_call>\n{"name": "...", "arguments": {...}}\n</tool_call><|im_end|>\n',
+        ),
+    ],
+    ids=["plain", "no-thoughts", "calls", "system-block"],
+)
+def test_chat_template(
+    demo: Path, messages: list[dict[str, Any]], options: dict[str, Any], text: str
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(demo)
+    assert tokenizer.apply_chat_template(messages, tokenize=False, **options) == text
+
+
 def test_the_readme_says_that_its_text_is_noise(demo: Path) -> None:
     assert "Its text is noise" in (demo / "README.md").read_text()
 
@@ -104,7 +182,9 @@ def test_transformers_loads_it_and_greedy_text_is_varied(demo: Path) -> None:
             logits = model(torch.tensor([ids])).logits[0, -1]
             generated = model.generate(torch.tensor([ids]), max_new_tokens=48, do_sample=False)
         outputs.append(tuple(generated[0, len(ids) :].tolist()))
-        assert torch.softmax(logits, dim=-1)[:3].sum() < 0.01  # an end is rarely drawn, too
+        chances = torch.softmax(logits, dim=-1)
+        assert chances[:3].sum() < 0.01  # an end is rarely drawn, too
+        assert chances[-len(MARKERS) :].sum() < 0.01
     assert all(len(output) == 48 for output in outputs)
     assert all(len(set(output)) >= 20 for output in outputs)
     assert len({output[:4] for output in outputs}) == len(prompts)

@@ -1,5 +1,6 @@
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -37,8 +38,28 @@ def byte_fallback_tokenizer() -> Tokenizer:
 BYTE_FALLBACK = byte_fallback_tokenizer()
 
 
-def deltas(tokenizer: Tokenizer, ids: Sequence[int], prompt_ids: Sequence[int] = ()) -> list[str]:
-    detokenizer = Vocabulary(tokenizer).detokenizer(prompt_ids)
+def word_piece_tokenizer(decoder: decoders.Decoder | None) -> Tokenizer:
+    """Every token gets a space before it, special ones too; `in` and `##g` are one word."""
+    words = ("[UNK]", "the", "cat", "in", "##g", "é")
+    vocabulary = {word: index for index, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordPiece(vocab=vocabulary, unk_token="[UNK]"))
+    if decoder is not None:
+        tokenizer.decoder = decoder
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in ("[SEP]", "[CLS]")])
+    tokenizer.add_tokens([AddedToken("<call>", special=False)])
+    return tokenizer
+
+
+WORD_PIECE = word_piece_tokenizer(decoders.WordPiece(cleanup=False))
+NO_DECODER = word_piece_tokenizer(None)
+TAGGED = byte_level_tokenizer()
+TAGGED.add_tokens([AddedToken("<call>", special=False)])
+
+
+def deltas(
+    tokenizer: Tokenizer, ids: Sequence[int], prompt_ids: Sequence[int] = (), **options: bool
+) -> list[str]:
+    detokenizer = Vocabulary(tokenizer).detokenizer(prompt_ids, **options)
     return [*(detokenizer.push(i) for i in ids), detokenizer.finish()]
 
 
@@ -74,6 +95,59 @@ def byte_alphabet() -> dict[int, str]:
 @given(st.lists(st.integers(0, BYTE_LEVEL.get_vocab_size() + 3), max_size=60))
 def test_deltas_of_any_tokens_join_to_the_decoding_of_all(ids: list[int]) -> None:
     assert "".join(deltas(BYTE_LEVEL, ids)) == BYTE_LEVEL.decode(ids, skip_special_tokens=True)
+
+
+@given(st.lists(st.integers(0, TAGGED.get_vocab_size() + 3), max_size=60), st.booleans())
+def test_with_special_tokens_shown_deltas_join_too(ids: list[int], spaces: bool) -> None:
+    shown = deltas(TAGGED, ids, skip_special_tokens=False, spaces_between_special_tokens=spaces)
+    assert "".join(shown) == TAGGED.decode(ids, skip_special_tokens=False)
+
+
+@pytest.mark.parametrize("tokenizer", [WORD_PIECE, NO_DECODER], ids=["wordpiece", "no decoder"])
+@given(st.lists(st.integers(0, WORD_PIECE.get_vocab_size() - 1), max_size=30), st.booleans())
+def test_spaced_tokenizers_deltas_join(tokenizer: Tokenizer, ids: list[int], skip: bool) -> None:
+    joined = "".join(deltas(tokenizer, ids, skip_special_tokens=skip))
+    assert joined == tokenizer.decode(ids, skip_special_tokens=skip)
+
+
+@given(st.lists(st.sampled_from(["</s>", "▁the", "▁cat", "s", "é"]), max_size=30))
+def test_sentencepiece_with_special_tokens_shown(names: list[str]) -> None:
+    ids = [token_id(BYTE_FALLBACK, name) for name in names]
+    joined = "".join(deltas(BYTE_FALLBACK, ids, skip_special_tokens=False))
+    assert joined == BYTE_FALLBACK.decode(ids, skip_special_tokens=False)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "names", "kept", "left_out"),
+    [
+        (
+            WORD_PIECE,
+            ["[SEP]", "[CLS]", "the", "[SEP]", "<call>", "<call>", "in", "##g"],
+            "[SEP] [CLS] the [SEP] <call> <call> ing",
+            "[SEP][CLS] the [SEP]<call><call> ing",
+        ),
+        (TAGGED, ["<call>", "<|im_end|>", "a", "<call>"], "<call><|im_end|>a<call>", None),
+        (BYTE_FALLBACK, ["s", "</s>", "</s>", "▁the"], "s</s></s> the", None),
+    ],
+    ids=["wordpiece", "bytes", "fallback"],
+)
+def test_spaces_between_special_tokens(
+    tokenizer: Tokenizer, names: list[str], kept: str, left_out: str | None
+) -> None:
+    ids = [token_id(tokenizer, name) for name in names]
+    for spaces, text in ((True, kept), (False, left_out or kept)):
+        options: dict[str, Any] = {"skip_special_tokens": False}
+        options["spaces_between_special_tokens"] = spaces
+        assert "".join(deltas(tokenizer, ids, **options)) == text
+        for cut in range(1, len(ids)):  # the prompt's last token counts as the one before
+            rest = "".join(deltas(tokenizer, ids[cut:], ids[:cut], **options))
+            assert text.endswith(rest)
+            assert text.startswith("".join(deltas(tokenizer, ids[:cut], **options)) + rest[:1])
+
+
+def test_added_tokens_that_are_not_special_are_always_shown() -> None:
+    ids = [token_id(TAGGED, name) for name in ("<|im_start|>", "<call>", "a", "<|im_end|>")]
+    assert "".join(deltas(TAGGED, ids)) == "<call>a"
 
 
 @given(st.text(max_size=40), st.text(max_size=20))

@@ -1,21 +1,16 @@
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
-from contracts.events import FinishReason, TokenLogprob, TokensOut
-from contracts.ids import RequestId
-from contracts.sampling import SamplingParams
-from router.choice import Choice, EndRules, LogprobEntry, Piece, TokenFault
-from router.detokenizer import Vocabulary
-from tests.support.fake_worker import byte_level_tokenizer
-
-TOKENIZER = byte_level_tokenizer()
-VOCABULARY = Vocabulary(TOKENIZER)
-EOS, OTHER_EOS = (VOCABULARY.tokenizer.token_to_id(t) or 0 for t in ("<|im_end|>", "<|endoftext|>"))
-
-
-def ids(text: str) -> list[int]:
-    return list(TOKENIZER.encode(text).ids)
+from contracts.events import FinishReason, TokenLogprob
+from contracts.sampling import Grammar, GrammarKind, SamplingParams
+from router.choice import Choice, TokenFault
+from router.logprobs import LogprobEntry
+from router.pieces import Piece
+from router.rules import OutputRules
+from tests.support.chat_answer import EOS, OTHER_EOS, VOCABULARY, ids, out
+from tests.support.tiny_parser import TinyParser
 
 
 def choice(
@@ -24,24 +19,18 @@ def choice(
     logprobs: int | None = None,
     *,
     ignore_eos: bool = False,
+    rules: OutputRules | None = None,
+    **more: Any,
 ) -> Choice:
     params = SamplingParams(
         max_tokens=100,
         eos_token_ids=() if ignore_eos else (EOS, OTHER_EOS),
         stop_token_ids=tuple(stop_token_ids),
         logprobs=logprobs,
+        **more,
     )
-    return Choice(0, tuple(ids("prompt")), params, EndRules(tuple(stop), EOS), VOCABULARY)
-
-
-def out(
-    position: int,
-    token_ids: Sequence[int],
-    finish: FinishReason | None = None,
-    logprobs: Sequence[TokenLogprob] = (),
-) -> TokensOut:
-    tokens = tuple(token_ids)
-    return TokensOut(RequestId("r"), 0, 0, position, tokens, tuple(logprobs), finish)
+    rules = rules or OutputRules(tuple(stop), EOS)
+    return Choice(0, tuple(ids("prompt")), params, rules, VOCABULARY)
 
 
 def piece(got: Piece | None) -> Piece:
@@ -179,3 +168,140 @@ def test_no_logprobs_after_a_stop_string() -> None:
     tokens = [*ids("a"), *ids("b")]
     got = piece(one.add(out(0, tokens, None, [TokenLogprob(-1.0)] * 2)))
     assert len(got.logprobs) == len(got.token_ids) == 1
+
+
+# Kept ends
+
+
+def test_the_stop_string_is_kept_up_to_its_end() -> None:
+    one = choice(rules=OutputRules(("ND",), EOS, include_stop=True))
+    got = piece(one.add(out(0, [*ids("a"), *ids("E"), *ids("N"), *ids("D"), *ids("x")])))
+    assert (got.text, got.finish_reason, got.stop_reason) == ("aEND", "stop", "ND")
+
+
+def test_the_stop_tokens_text_is_kept() -> None:
+    token = ids("t")[0]
+    one = choice(stop_token_ids=[token], rules=OutputRules((), EOS, include_stop=True))
+    got = piece(one.add(out(0, [*ids("sa"), token], FinishReason.STOP)))
+    assert (got.text, got.stop_reason) == ("sat", token)
+
+
+@pytest.mark.parametrize(
+    ("include", "skip", "text"),
+    [(True, True, "a"), (True, False, "a<|im_end|>"), (False, False, "a")],
+)
+def test_eos_shows_only_if_both_special_tokens_and_ends_are_kept(
+    include: bool, skip: bool, text: str
+) -> None:
+    one = choice(rules=OutputRules((), EOS, include_stop=include, skip_special_tokens=skip))
+    got = piece(one.add(out(0, [*ids("a"), EOS], FinishReason.STOP)))
+    assert (got.text, got.finish_reason, got.stop_reason) == (text, "stop", None)
+
+
+def test_special_tokens_within_the_text_are_skipped_or_shown() -> None:
+    tokens = [*ids("a"), OTHER_EOS, *ids("b")]
+    for skip, text in [(True, "ab"), (False, "a<|endoftext|>b")]:
+        one = choice(ignore_eos=True, rules=OutputRules((), EOS, skip_special_tokens=skip))
+        assert piece(one.add(out(0, tokens, FinishReason.LENGTH))).text == text
+
+
+# Where ends are looked for
+
+
+def test_stop_strings_are_not_looked_for_in_the_first_tokens() -> None:
+    a, b = ids("a"), ids("b")
+    one = choice(stop=["ab", "a"], min_tokens=2)
+    got = piece(one.add(out(0, [*a, *b])))
+    assert (got.text, got.finish_reason) == ("ab", None)
+    got = piece(one.add(out(2, a)))
+    assert (got.text, got.stop_reason) == ("", "a")
+
+
+def test_a_stop_string_may_begin_in_the_first_tokens() -> None:
+    one = choice(stop=["ab"], min_tokens=1)
+    got = piece(one.add(out(0, [*ids("a"), *ids("b")])))
+    assert (got.text, got.stop_reason) == ("", "ab")
+
+
+@pytest.mark.parametrize(("token", "reason"), [(EOS, None), (OTHER_EOS, OTHER_EOS)])
+def test_a_complete_grammar_ends_like_eos_even_if_that_is_ignored(
+    token: int, reason: int | None
+) -> None:
+    grammar = Grammar(GrammarKind.JSON_OBJECT, end_token_ids=(EOS, OTHER_EOS))
+    one = choice(
+        ignore_eos=True,
+        grammar=grammar,
+        rules=OutputRules((), EOS, skip_special_tokens=False),
+    )
+    got = piece(one.add(out(0, [*ids("{}"), token], FinishReason.STOP)))
+    assert (got.text, got.finish_reason, got.stop_reason) == ("{}", "stop", reason)
+    assert got.token_ids[-1] == token
+
+
+# Log-probabilities
+
+
+def test_tokens_by_id() -> None:
+    one = choice(logprobs=2, rules=OutputRules((), EOS, tokens_as_ids=True))
+    token = ids("a")[0]
+    values = [TokenLogprob(-1.0, ((token, -1.0), (EOS, -2.0), (3, -3.0))), TokenLogprob(-0.5)]
+    got = piece(one.add(out(0, [token, EOS], FinishReason.STOP, values)))
+    assert got.text == "a"
+    assert got.logprobs == (
+        LogprobEntry(
+            f"token_id:{token}", -1.0, ((f"token_id:{token}", -1.0), (f"token_id:{EOS}", -2.0))
+        ),
+        LogprobEntry(f"token_id:{EOS}", -0.5),
+    )
+
+
+@pytest.mark.parametrize(("wanted", "shown"), [(0, 0), (1, 1), (3, 3), (-1, 4)])
+def test_exactly_as_many_alternatives_as_wanted(wanted: int, shown: int) -> None:
+    one = choice(logprobs=wanted)
+    value = TokenLogprob(-1.0, tuple((token, -1.0 - token) for token in range(4)))
+    got = piece(one.add(out(0, ids("a"), None, [value])))
+    assert len(got.logprobs[0].top) == shown
+
+
+# Parsing
+
+
+def parsed(text: str, finish: FinishReason = FinishReason.STOP, **rules: Any) -> Piece:
+    one = choice(rules=OutputRules((), EOS, make_parser=TinyParser, **rules))
+    closing = [EOS] if finish is FinishReason.STOP else []
+    return piece(one.add(out(0, [*ids(text), *closing], finish)))
+
+
+@pytest.mark.parametrize(
+    ("text", "finish", "rules", "reason"),
+    [
+        ("<c>f|{}</c>", FinishReason.STOP, {}, "tool_calls"),
+        ("<c>f|{}</c>", FinishReason.STOP, {"calls_finish": "stop"}, "stop"),
+        ("<c>f|{", FinishReason.LENGTH, {}, "length"),
+        ("<c>f", FinishReason.STOP, {}, "stop"),
+        ("f", FinishReason.STOP, {}, "stop"),
+    ],
+    ids=["called", "named", "cut", "no-call-after-all", "none"],
+)
+def test_the_finish_reason_tells_of_calls(
+    text: str, finish: FinishReason, rules: dict[str, Any], reason: str
+) -> None:
+    got = parsed(text, finish, **rules)
+    assert (got.finish_reason, got.stop_reason) == (reason, None)
+
+
+def test_a_call_that_ended_with_a_stop_string_keeps_its_stop_reason() -> None:
+    one = choice(rules=OutputRules(("</c>",), EOS, make_parser=TinyParser))
+    got = piece(one.add(out(0, ids("<c>f|{}</c>"))))
+    assert (got.finish_reason, got.stop_reason) == ("tool_calls", "</c>")
+    assert [type(delta).__name__ for delta in got.deltas] == ["ToolCallStart", "ToolArguments"]
+
+
+def test_neighbouring_deltas_of_one_piece_are_joined() -> None:
+    got = parsed("<t>so it is</t>yes it is")
+    assert [type(delta).__name__ for delta in got.deltas] == ["Reasoning", "Content"]
+    assert got.text == ""
+
+
+def test_what_the_parser_holds_comes_with_the_end() -> None:
+    assert parsed("a</", FinishReason.LENGTH).parts == parsed("a</").parts

@@ -1,119 +1,268 @@
+"""From a request to token ids: templates, limits, plain texts."""
+
 import json
 import time
 from pathlib import Path
 from typing import Any
 
-import jinja2.nodes
-import jinja2.sandbox
 import pytest
-from transformers import PreTrainedTokenizerFast
 
 from contracts.errors import ConfigurationError, InvalidRequest
-from router.messages import template_messages
 from router.prompt import ChatPrompts
-from router.template import ChatTemplate, loops_over_content
-from tests.support.fake_worker import CHATML, write_model_folder
-
-RICH = """{{- bos_token }}
-{%- set ns = namespace(turns=0) %}
-{%- for message in messages %}
-    {%- if message.role == 'skip' %}{% continue %}{% endif %}
-    {%- set ns.turns = ns.turns + 1 %}
-    {%- if message['role'] == 'system' %}
-        {{- '<|im_start|>system\\n' + message['content'] + '<|im_end|>\\n' }}
-    {%- elif message.tool_calls is defined %}
-        {%- for call in message.tool_calls %}
-            {{- call.function | tojson }}
-            {{- call.function.arguments | tojson(indent=2) }}
-        {%- endfor %}
-    {%- elif message.role == 'assistant' %}
-        {%- generation %}{{ message.content | trim }}{% endgeneration %}
-    {%- else %}
-        {{- '<|im_start|>' + message.role + '\\n' + message.content | trim + '<|im_end|>\\n' }}
-    {%- endif %}
-    {%- if ns.turns > 8 %}{% break %}{% endif %}
-{%- endfor %}
-{{- strftime_now('%Y')[:2] }}
-{%- if tools is not none %}TOOLS{% endif %}
-{%- if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
-PARTS = """{% for message in messages %}<|im_start|>{{ message.role }}
-{% if message.content is string %}{{ message.content }}{% else %}
-{%- for part in message['content'] -%}
-{% if part.type == 'text' %}{{ part.text }}{% endif %}
-{%- endfor %}
-{%- endif %}<|im_end|>
-{% endfor %}"""
-
-CONVERSATIONS: list[list[dict[str, Any]]] = [
-    [{"role": "user", "content": "hi"}],
-    [
-        {"role": "system", "content": 'Be <brief> & "kind".'},
-        {"role": "user", "content": "  ¿qué? 🙂 \n"},
-        {"role": "assistant", "content": "<b>ok</b>"},
-        {"role": "skip", "content": "never"},
-        {"role": "user", "content": "<|im_end|> injected"},
-    ],
-    [
-        {"role": "user", "content": "call"},
-        {
-            "role": "assistant",
-            "content": "",
-            "tool_calls": [
-                {"type": "function", "function": {"name": "f", "arguments": {"a<": "é'\""}}}
-            ],
-        },
-        {"role": "tool", "content": "42"},
-    ],
-]
+from router.prompt_request import BuiltPrompt, PromptRequest
+from router.template_sandbox import TemplateSandbox
+from tests.support.fake_worker import write_model_folder
 
 
-@pytest.mark.parametrize("template", [CHATML, RICH, PARTS], ids=["chatml", "rich", "parts"])
-@pytest.mark.parametrize("messages", CONVERSATIONS, ids=["short", "long", "tools"])
-async def test_same_ids_as_transformers(
-    tmp_path: Path, template: str, messages: list[dict[str, Any]]
-) -> None:
-    folder = write_model_folder(tmp_path / "model", template=template)
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    config["bos_token"] = {"__type": "AddedToken", "content": "<|endoftext|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    reference = PreTrainedTokenizerFast.from_pretrained(folder)
-    encoded = reference.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True
-    )
-    ids = await ChatPrompts.load(folder).encode(messages, max_model_len=10_000)
-    assert list(ids) == list(encoded["input_ids"])
+async def encode(prompts: ChatPrompts, text: str, **fields: Any) -> BuiltPrompt:
+    max_model_len = fields.pop("max_model_len", 10_000)
+    request = PromptRequest(messages=[{"role": "user", "content": text}], **fields)
+    return await prompts.encode(request, max_model_len=max_model_len)
+
+
+async def text_of(prompts: ChatPrompts, text: str = "x", **fields: Any) -> str:
+    return prompts.decode((await encode(prompts, text, **fields)).ids)
+
+
+# Chats
 
 
 async def test_long_prompts_give_the_same_in_a_thread(tmp_path: Path) -> None:
     folder = write_model_folder(tmp_path)
-    messages = [{"role": "user", "content": "the cat sat " * 50}]
-    inline = await ChatPrompts.load(folder).encode(messages, max_model_len=10_000)
-    threaded = await ChatPrompts.load(folder, inline_chars=10).encode(
-        messages, max_model_len=10_000
-    )
+    content = "the cat sat " * 50
+    inline = await encode(ChatPrompts.load(folder), content)
+    threaded = await encode(ChatPrompts.load(folder, inline_chars=10), content)
     assert inline == threaded
 
 
 @pytest.mark.parametrize("over", [0, 1, 500])
 async def test_too_long_prompt_names_both_numbers(tmp_path: Path, over: int) -> None:
     prompts = ChatPrompts.load(write_model_folder(tmp_path))
-    messages = [{"role": "user", "content": "the cat"}]
-    count = len(await prompts.encode(messages, max_model_len=1000))
-    assert len(await prompts.encode(messages, max_model_len=count + 1)) == count
-    messages = [{"role": "user", "content": "the cat" + " é" * over}]
-    real = len(await prompts.encode(messages, max_model_len=10_000))
+    count = len((await encode(prompts, "the cat")).ids)
+    assert len((await encode(prompts, "the cat", max_model_len=count + 1)).ids) == count
+    content = "the cat" + " é" * over
+    real = len((await encode(prompts, content)).ids)
     with pytest.raises(InvalidRequest, match=rf"{real} tokens.*{count} tokens") as caught:
-        await prompts.encode(messages, max_model_len=count)
+        await encode(prompts, content, max_model_len=count)
     assert caught.value.param == "input_tokens"
+    assert len((await encode(prompts, content, max_model_len=None)).ids) == real
 
 
-async def test_huge_texts_are_refused_before_tokenising(tmp_path: Path) -> None:
+@pytest.mark.parametrize("chat_template", [None, "{{ messages[0].content }}"])
+async def test_huge_texts_are_refused_before_tokenising(
+    tmp_path: Path, chat_template: str | None
+) -> None:
     prompts = ChatPrompts.load(write_model_folder(tmp_path))
-    messages = [{"role": "user", "content": "x" * 1_100_000}]
-    with pytest.raises(InvalidRequest, match="100 tokens") as caught:
-        await prompts.encode(messages, max_model_len=100)
+    prompts.vocabulary.tokenizer.encode("warm")
+    started = time.monotonic()
+    with pytest.raises(InvalidRequest, match="characters") as caught:
+        await encode(prompts, "x" * 10_000_000, max_model_len=100, chat_template=chat_template)
     assert caught.value.param == "input_text"
+    with pytest.raises(InvalidRequest, match="characters"):
+        await prompts.encode_text("x" * 10_000_000, max_model_len=100)
+    assert time.monotonic() - started < 5
+    prompts.close()
+
+
+@pytest.mark.parametrize("inline_chars", [0, 1000])
+async def test_half_a_surrogate_pair(tmp_path: Path, inline_chars: int) -> None:
+    prompts = ChatPrompts.load(write_model_folder(tmp_path), inline_chars=inline_chars)
+    with pytest.raises(InvalidRequest, match="Unicode") as caught:
+        await encode(prompts, "a\ud800b")
+    assert caught.value.param == "messages"
+    with pytest.raises(InvalidRequest, match="Unicode") as caught:
+        await prompts.encode_text("a\ud800b", max_model_len=100)
+    assert caught.value.param == "prompt"
+    with pytest.raises(InvalidRequest, match="Unicode"):
+        prompts.token_ids("\udfff")
+    prompts.close()
+
+
+@pytest.mark.parametrize(
+    ("truncate", "max_model_len", "kept"),
+    [
+        (None, 1000, 1000),
+        (5, 1000, 5),
+        (1, 1000, 1),
+        (500, 1000, 500),
+        (-1, 1000, 1000),
+        (-1, 20, 19),
+        (19, 20, 19),
+        (-1, None, 1000),
+        (7, None, 7),
+    ],
+)
+async def test_truncation_keeps_the_tail(
+    tmp_path: Path, truncate: int | None, max_model_len: int | None, kept: int
+) -> None:
+    prompts = ChatPrompts.load(write_model_folder(tmp_path))
+    whole = (await encode(prompts, "the cat é " * 20)).ids
+    assert 20 < len(whole) < 500
+    built = await encode(
+        prompts, "the cat é " * 20, truncate_prompt_tokens=truncate, max_model_len=max_model_len
+    )
+    assert built.ids == whole[-kept:]
+
+
+@pytest.mark.parametrize(
+    ("truncate", "message", "param"),
+    [
+        (0, "empty", "truncate_prompt_tokens"),
+        (21, "context of 20 tokens", "truncate_prompt_tokens"),
+        (20, "the prompt has 20 tokens", "input_tokens"),
+    ],
+)
+async def test_truncation_that_cannot_be(
+    tmp_path: Path, truncate: int, message: str, param: str
+) -> None:
+    prompts = ChatPrompts.load(write_model_folder(tmp_path))
+    with pytest.raises(InvalidRequest, match=message) as caught:
+        await encode(prompts, "cat " * 50, truncate_prompt_tokens=truncate, max_model_len=20)
+    assert caught.value.param == param
+
+
+async def test_a_template_that_says_nothing(tmp_path: Path) -> None:
+    prompts = ChatPrompts.load(write_model_folder(tmp_path, template="{# nothing #}"))
+    with pytest.raises(InvalidRequest, match="the prompt is empty"):
+        await encode(prompts, "x")
+
+
+@pytest.mark.parametrize(
+    ("last_role", "generate", "role", "last_text"),
+    [
+        ("user", True, "assistant", ""),
+        ("user", False, "user", "the end"),
+        ("assistant", True, "assistant", "the end"),
+        ("assistant", False, "assistant", "the end"),
+        ("critic", False, "critic", "the end"),
+    ],
+)
+async def test_role_and_last_text(
+    tmp_path: Path, last_role: str, generate: bool, role: str, last_text: str
+) -> None:
+    prompts = ChatPrompts.load(write_model_folder(tmp_path))
+    messages = [{"role": "user", "content": "q"}, {"role": last_role, "content": "the end"}]
+    request = PromptRequest(messages, add_generation_prompt=generate)
+    built = await prompts.encode(request, max_model_len=1000)
+    assert (built.role, built.last_text) == (role, last_text)
+
+
+async def test_tail(tmp_path: Path) -> None:
+    prompts = ChatPrompts.load(write_model_folder(tmp_path))
+    built = await encode(prompts, "long " * 500)
+    assert built.tail.endswith("long <|im_end|>\n<|im_start|>assistant\n")
+    assert len(built.tail) == 512
+    fields = {"add_generation_prompt": False, "continue_final_message": True}
+    built = await encode(prompts, "<think>" + "long " * 500, **fields)
+    assert "<think>" in built.tail
+
+
+async def test_time_limit_of_a_template_that_says_nothing(tmp_path: Path) -> None:
+    source = "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}x"
+    prompts = ChatPrompts.load(
+        write_model_folder(tmp_path, template=source), inline_chars=0, timeout_s=0.2
+    )
+    started = time.monotonic()
+    for _ in range(4):  # there are two threads: none of them is lost
+        with pytest.raises(InvalidRequest, match="longer than"):
+            await encode(prompts, "x")
+    prompts.close()
+    assert time.monotonic() - started < 60
+
+
+# Which template
+
+
+async def test_requests_bring_their_own(tmp_path: Path) -> None:
+    sandbox = TemplateSandbox(timeout_s=20)
+    prompts = ChatPrompts.load(
+        write_model_folder(tmp_path), sandbox=sandbox, template_kwargs={"x": "X", "y": "Y"}
+    )
+    source = "{{ eos_token }}{{ messages[0].content }}{{ x }}{{ y }}"
+    fields: dict[str, Any] = {"chat_template": source, "template_kwargs": {"y": "Z"}}
+    assert await text_of(prompts, "hi", **fields) == "<|im_end|>hiXZ"
+    built = await encode(prompts, "hi", truncate_prompt_tokens=2, **fields)
+    assert prompts.decode(built.ids) == "XZ"
+    with pytest.raises(InvalidRequest, match="line 1") as caught:
+        await encode(prompts, "hi", chat_template="{% if %}")
+    assert caught.value.param == "chat_template"
+    prompts.close()
+
+
+NAMED = [
+    {"name": "tool_use", "template": "with tools"},
+    {"name": "rag", "template": "{% broken"},
+    {"name": "default", "template": "plain"},
+]
+
+
+@pytest.mark.parametrize(
+    ("configured", "tools", "shown"),
+    [
+        ("plain", None, "plain"),
+        ("plain", [{}], "plain"),
+        (NAMED, None, "plain"),
+        (NAMED, [{}], "with tools"),
+        (NAMED[:1], [{}], "with tools"),
+    ],
+)
+async def test_template_in_the_tokenizer_config(
+    tmp_path: Path, configured: object, tools: Any, shown: str
+) -> None:
+    folder = write_model_folder(tmp_path)
+    (folder / "chat_template.jinja").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": configured}))
+    assert await text_of(ChatPrompts.load(folder), tools=tools) == shown
+
+
+async def test_template_files(tmp_path: Path) -> None:
+    folder = write_model_folder(tmp_path, template="plain")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "older"}))
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("with tools")
+    prompts = ChatPrompts.load(folder)
+    assert await text_of(prompts) == "plain"
+    assert await text_of(prompts, tools=[{}]) == "with tools"
+    assert prompts.template_sources == ("plain", "with tools")
+    other = tmp_path / "mine.jinja"
+    other.write_text("mine {{ x }}")
+    for option in (str(other), "mine {{ x }}"):
+        prompts = ChatPrompts.load(folder, chat_template=option, template_kwargs={"x": 1})
+        assert prompts.template_sources == ("mine {{ x }}",)
+        for tools in (None, [dict[str, Any]()]):
+            assert await text_of(prompts, tools=tools) == "mine 1"
+            kwargs = {"x": 2}
+            assert await text_of(prompts, tools=tools, template_kwargs=kwargs) == "mine 2"
+
+
+@pytest.mark.parametrize("option", ["no-such-file.jinja", "", "x" * 5000, "nul\0"])
+def test_an_option_that_is_no_template(tmp_path: Path, option: str) -> None:
+    with pytest.raises(ConfigurationError, match="chat template option"):
+        ChatPrompts.load(write_model_folder(tmp_path), chat_template=option)
+
+
+async def test_a_model_without_a_template_takes_plain_prompts(tmp_path: Path) -> None:
+    folder = write_model_folder(tmp_path)
+    (folder / "chat_template.jinja").unlink()
+    prompts = ChatPrompts.load(folder)
+    with pytest.raises(InvalidRequest, match="no chat template"):
+        await encode(prompts, "x")
+    assert await prompts.encode_text("x", max_model_len=10) == prompts.token_ids("x")
+
+
+def test_a_broken_template_is_named_at_load(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="line 2"):
+        ChatPrompts.load(write_model_folder(tmp_path, template="\n{% if %}"))
+
+
+# The model's files
+
+
+def test_a_missing_tokenizer_says_what_to_do(tmp_path: Path) -> None:
+    folder = write_model_folder(tmp_path)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ConfigurationError, match="save_pretrained"):
+        ChatPrompts.load(folder)
 
 
 def test_end_tokens(tmp_path: Path) -> None:
@@ -139,184 +288,52 @@ def test_generation_config_defaults(tmp_path: Path) -> None:
     assert got == (0.6, 0.9, 20, 9)
 
 
-@pytest.mark.parametrize(
-    ("remove", "message"),
-    [("tokenizer.json", "save_pretrained"), ("chat_template.jinja", "chat_template.jinja")],
-)
-def test_a_missing_file_says_what_to_do(tmp_path: Path, remove: str, message: str) -> None:
-    folder = write_model_folder(tmp_path)
-    (folder / remove).unlink()
-    with pytest.raises(ConfigurationError, match=message):
-        ChatPrompts.load(folder)
+# Plain texts and ids
 
 
-@pytest.mark.parametrize(
-    "value",
-    ["named", [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "named"}]],
-)
-async def test_template_in_the_tokenizer_config(tmp_path: Path, value: object) -> None:
+async def test_texts_and_ids(tmp_path: Path) -> None:
+    prompts = ChatPrompts.load(write_model_folder(tmp_path))
+    ids = prompts.token_ids("the cat é")
+    for inline_chars in (0, 1000):
+        prompts = ChatPrompts.load(write_model_folder(tmp_path), inline_chars=inline_chars)
+        assert await prompts.encode_text("the cat é", max_model_len=100) == ids
+        assert await prompts.encode_text(list(ids), max_model_len=100) == ids
+        assert await prompts.encode_text(ids, truncate=2, max_model_len=100) == ids[-2:]
+        assert await prompts.encode_text(ids, truncate=-1, max_model_len=3) == ids[-2:]
+        prompts.close()
+    assert prompts.decode(ids) == "the cat é"
+    assert prompts.token_strs(prompts.token_ids("a é<|im_end|>")) == [
+        "a",
+        "Ġ",
+        "Ã",
+        "©",
+        "<|im_end|>",
+    ]
+    marker = prompts.token_ids("<|im_end|>")
+    assert prompts.decode(marker) == "<|im_end|>"
+
+
+@pytest.mark.parametrize("prompt", ["", []])
+async def test_nothing_is_no_prompt_but_can_be_counted(tmp_path: Path, prompt: Any) -> None:
+    prompts = ChatPrompts.load(write_model_folder(tmp_path))
+    assert await prompts.encode_text(prompt, max_model_len=None) == ()
+    with pytest.raises(InvalidRequest, match="the prompt is empty") as caught:
+        await prompts.encode_text(prompt, max_model_len=100)
+    assert caught.value.param == "prompt"
+
+
+@pytest.mark.parametrize("wrong", [-1, True, None])
+async def test_ids_that_the_model_does_not_have(tmp_path: Path, wrong: int | None) -> None:
     folder = write_model_folder(tmp_path)
-    (folder / "chat_template.jinja").unlink()
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": value}))
+    (folder / "config.json").write_text('{"vocab_size": 400}')  # padded
     prompts = ChatPrompts.load(folder)
-    ids = await prompts.encode([{"role": "user", "content": "x"}], max_model_len=100)
-    assert prompts.vocabulary.tokenizer.decode(list(ids)) == "named"
-
-
-def test_a_broken_template_is_named_at_load(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="line 2"):
-        ChatPrompts.load(write_model_folder(tmp_path, template="\n{% if %}"))
-
-
-@pytest.mark.parametrize(
-    ("source", "wants_parts"),
-    [
-        ("{% for m in messages %}{{ m.content }}{% endfor %}", False),
-        ("{% for m in messages %}{% for p in m.content %}{% endfor %}{% endfor %}", True),
-        ("{% for m in messages %}{% for p in m['content'] | list %}{% endfor %}{% endfor %}", True),
-        (
-            "{% for m in messages %}{% set c = m.content %}"
-            "{% for p in c %}{% endfor %}{% endfor %}",
-            True,
-        ),
-        ("{% for m in messages %}{% for p in m.content.split() %}{% endfor %}{% endfor %}", False),
-        ("{% for m in messages %}{% for c in m.tool_calls %}{% endfor %}{% endfor %}", False),
-    ],
-)
-def test_content_format(source: str, wants_parts: bool) -> None:
-    tree = jinja2.sandbox.ImmutableSandboxedEnvironment().parse(source)
-    assert loops_over_content(tree) is wants_parts
-
-
-def render(source: str, *contents: str) -> str:
-    messages = [{"role": "user", "content": content} for content in contents]
-    return ChatTemplate(source, {}).render(messages, timeout_s=30)
-
-
-def test_the_templates_own_words_are_the_message() -> None:
-    with pytest.raises(InvalidRequest, match=r"^roles must alternate$"):
-        render("{{ raise_exception('roles must alternate') }}")
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{{ messages.append(1) }}",
-        "{{ ''.__class__.__mro__ }}{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "{{ messages[9].content.x }}",
-        "{{ 1 / 0 }}",
-    ],
-)
-def test_sandbox_and_failing_templates_are_the_callers_400(source: str) -> None:
-    with pytest.raises(InvalidRequest):
-        render(source, "x")
-
-
-def test_time_limit() -> None:
-    source = "{% for a in range(90000) %}{% for b in range(90000) %}x{% endfor %}{% endfor %}"
-    times = iter(range(10_000))
-    with pytest.raises(InvalidRequest, match="longer than 5 s"):
-        ChatTemplate(source, {}).render([], timeout_s=5, clock=lambda: float(next(times)))
-
-
-async def test_time_limit_of_a_template_that_says_nothing(tmp_path: Path) -> None:
-    source = "{% for a in range(3000) %}{% for b in range(300) %}{% endfor %}{% endfor %}x"
-    prompts = ChatPrompts.load(
-        write_model_folder(tmp_path, template=source), inline_chars=0, timeout_s=0.001
-    )
-    started = time.monotonic()
-    with pytest.raises(InvalidRequest, match="longer than"):
-        await prompts.encode([{"role": "user", "content": "x"}], max_model_len=100)
-    prompts.close()
-    assert time.monotonic() - started < 60
-
-
-# Messages
-
-
-def normal(*messages: dict[str, Any], parts: bool = False, developer: bool = False) -> Any:
-    return template_messages(messages, as_parts=parts, knows_developer=developer)
-
-
-def test_text_parts_of_all_kinds() -> None:
-    content = [
-        {"type": "text", "text": "a"},
-        {"type": "input_text", "text": "b"},
-        {"type": "output_text", "text": "c"},
-        {"type": "refusal", "refusal": "d"},
-        {"type": "thinking", "thinking": "e"},
-        "f",
-    ]
-    message = {"role": "user", "content": content}
-    assert normal(message)[0]["content"] == "a\nb\nc\nd\ne\nf"
-    assert normal(message, parts=True)[0]["content"] == [
-        {"type": "text", "text": letter} for letter in "abcdef"
-    ]
-
-
-@pytest.mark.parametrize("message", [{"role": "x"}, {"role": "x", "content": None}])
-def test_no_content_is_empty(message: dict[str, Any]) -> None:
-    assert normal(message)[0] == {"role": "x", "content": ""}
-    assert normal(message, parts=True)[0] == {"role": "x", "content": []}
-
-
-@pytest.mark.parametrize(
-    "message",
-    [
-        {"content": "x"},
-        {"role": "", "content": "x"},
-        {"role": 3, "content": "x"},
-        {"role": "user", "content": 3},
-        {"role": "user", "content": {"type": "text"}},
-        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
-        {"role": "user", "content": [{"text": "x"}]},
-        {"role": "user", "content": [{"type": "text"}]},
-        {"role": "user", "content": [{"type": ["text"], "text": "x"}]},
-        {"role": "user", "content": [None]},
-        {"role": "assistant", "tool_calls": "x"},
-        {"role": "assistant", "tool_calls": [{"type": "other", "function": {}}]},
-    ],
-)
-def test_bad_messages(message: dict[str, Any]) -> None:
-    with pytest.raises(InvalidRequest, match=r"messages\[0\]") as caught:
-        normal(message)
-    assert caught.value.param == "messages"
-
-
-def test_no_messages() -> None:
-    with pytest.raises(InvalidRequest):
-        normal()
-
-
-def test_developer_becomes_system_where_the_template_does_not_know_it() -> None:
-    messages = [
-        {"role": "system", "content": "a"},
-        {"role": "user", "content": "hi"},
-        {"role": "developer", "content": "b"},
-    ]
-    assert [m["role"] for m in normal(*messages, developer=True)] == ["system", "user", "developer"]
-    assert normal(*messages) == [
-        {"role": "system", "content": "a\n\nb"},
-        {"role": "user", "content": "hi"},
-    ]
-    assert ChatTemplate("{{ 'developer' }}", {}).knows_developer
-
-
-@pytest.mark.parametrize(
-    ("sent", "seen"), [('{"a": 1}', {"a": 1}), ({"a": 1}, {"a": 1}), ("{broken", {}), ("[1]", {})]
-)
-def test_arguments_of_earlier_calls_are_objects(sent: object, seen: object) -> None:
-    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": sent}}
-    message = normal({"role": "assistant", "content": None, "tool_calls": [call]})[0]
-    assert message["tool_calls"][0]["function"]["arguments"] == seen
-    assert "tool_calls" not in normal({"role": "assistant", "tool_calls": []})[0]
-
-
-def test_what_is_passed_on() -> None:
-    message = normal({"role": "tool", "tool_call_id": "1", "name": "f", "content": "x", "odd": 1})[
-        0
-    ]
-    assert message == {"role": "tool", "tool_call_id": "1", "name": "f", "content": "x"}
-    for key in ("reasoning", "reasoning_content"):
-        message = normal({"role": "assistant", "content": "x", key: "why"})[0]
-        assert (message["reasoning"], message["reasoning_content"]) == ("why", "why")
+    assert await prompts.encode_text([399], max_model_len=100) == (399,)
+    ids = [1, 400 if wrong is None else wrong]
+    with pytest.raises(InvalidRequest, match="from 0 to 399") as caught:
+        await prompts.encode_text(ids, max_model_len=100)
+    assert caught.value.param == "prompt"
+    with pytest.raises(InvalidRequest, match="from 0 to 399") as caught:
+        prompts.decode(ids)
+    assert caught.value.param == "tokens"
+    with pytest.raises(InvalidRequest, match="tokens has more than"):
+        prompts.decode([1] * ((1 << 20) + 1))

@@ -6,13 +6,18 @@ from router.stops import StopStrings
 AB = st.text(alphabet="ab", min_size=1, max_size=6)
 
 
-def reference(text: str, stops: list[str]) -> tuple[str, str | None]:
-    """The stop string complete first; of those at the same end, the longest."""
-    for end in range(1, len(text) + 1):
+def reference(
+    text: str, stops: list[str], *, include: bool = False, heed_from: int = 0
+) -> tuple[str, str | None]:
+    """The stop string complete first; of those at the same end, the longest.
+
+    One that is complete within the first `heed_from` characters means nothing.
+    """
+    for end in range(heed_from + 1, len(text) + 1):
         hits = [stop for stop in stops if text[:end].endswith(stop)]
         if hits:
             longest = max(hits, key=len)
-            return text[: end - len(longest)], longest
+            return text[: end if include else end - len(longest)], longest
     return text, None
 
 
@@ -25,6 +30,32 @@ def test_any_chunking_gives_what_a_search_in_the_whole_text_gives(
     if matcher.matched is None:
         shown.append(matcher.finish())
     assert ("".join(shown), matcher.matched) == reference("".join(chunks), stops)
+
+
+@given(
+    st.lists(AB, min_size=1, max_size=4),
+    st.lists(st.text(alphabet="abc", max_size=5)),
+    st.integers(0, 5),
+    st.booleans(),
+)
+def test_the_stop_string_may_be_kept_and_is_not_looked_for_at_the_beginning(
+    stops: list[str], chunks: list[str], num_first: int, include: bool
+) -> None:
+    matcher = StopStrings(stops, include=include)
+    shown = [matcher.push(chunk, at >= num_first) for at, chunk in enumerate(chunks)]
+    text = "".join(chunks)
+    if matcher.matched is None:
+        assert len(text) - sum(map(len, shown)) < max(map(len, stops))
+        shown.append(matcher.finish())
+    heed_from = len("".join(chunks[:num_first]))
+    expected = reference(text, stops, include=include, heed_from=heed_from)
+    assert ("".join(shown), matcher.matched) == expected
+
+
+def test_nothing_is_held_if_the_stop_string_is_kept() -> None:
+    matcher = StopStrings(["END"], include=True)
+    assert matcher.push("a EN") == "a EN"
+    assert matcher.push("D b") == "D"
 
 
 @given(st.lists(AB, min_size=1, max_size=4), st.text(alphabet="abc", max_size=30))

@@ -1,0 +1,1 @@
+"""The routes: each decodes, calls and encodes."""
