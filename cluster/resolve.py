@@ -97,6 +97,7 @@ class ResolvedCluster:
             read_timeout_ms=settings.read_timeout_ms,
             check_ledger=settings.check_ledger,
             logits_processor_pattern=settings.logits_processor_pattern,
+            warm_grammars=True,
         )
 
     def router_config(self) -> RouterConfig:

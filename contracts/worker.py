@@ -68,3 +68,4 @@ class WorkerConfig:
     read_timeout_ms: int = 10_000  # D gives a silent read up and recomputes
     check_ledger: bool = False  # assert the ledger after every step (tests)
     logits_processor_pattern: str = ""  # names of allowed logits processors match it; empty: none
+    warm_grammars: bool = False  # start what compiles grammars with the worker, not on first need

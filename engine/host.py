@@ -218,6 +218,8 @@ class EngineHost:
             parts.scheduler, computer, deliver, report, check_ledger=self._config.check_ledger
         )
         self._engine.start()
+        if self._config.warm_grammars:
+            self._grammars.warm()
         return parts
 
     @property

@@ -40,6 +40,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
                 "logits_processor_pattern": pattern,
                 "allow_kv_transfer_params": True,
                 "template_timeout_s": 2.0,
+                "max_model_len": 256,  # answers without a limit end soon
+                "two_step_lease_ms": 2000,  # and so does what nobody comes for
             },
             worker={"logits_processor_pattern": pattern},
         ) as running:
@@ -82,7 +84,7 @@ async def test_mutated_requests_do_no_harm(server: LiveServer) -> None:
     statuses: Counter[int] = Counter()
     question: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 8}
     limits = httpx.Limits(max_connections=AT_ONCE)
-    async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits) as client:
+    async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
         before = await client.post(PATHS[0], json={**question, "temperature": 0})
         seeds = iter(range(SEED, SEED + REQUESTS))
 

@@ -139,7 +139,7 @@ class SplitCluster:
         params: SamplingParams,
         *,
         split: bool = True,
-        timeout_s: float = 60.0,
+        timeout_s: float = 120.0,
         salt: str = "",
         output_ids: tuple[tuple[int, ...], ...] = (),
     ) -> Answer:
@@ -150,7 +150,7 @@ class SplitCluster:
         return await self.send(request, split=split, timeout_s=timeout_s)
 
     async def send(
-        self, request: GenerationRequest, *, split: bool, timeout_s: float = 60.0
+        self, request: GenerationRequest, *, split: bool, timeout_s: float = 120.0
     ) -> Answer:
         answer = self.expect(request)
         if split:
@@ -166,7 +166,7 @@ class SplitCluster:
         return answer
 
     async def redraw(
-        self, request: GenerationRequest, *, lease_ms: int = 5000, timeout_s: float = 60.0
+        self, request: GenerationRequest, *, lease_ms: int = 5000, timeout_s: float = 120.0
     ) -> Answer:
         """The two-step protocol: P computes the prompt and forgets who asked; D does the rest."""
         first = replace(
@@ -192,7 +192,7 @@ class SplitCluster:
         return answer
 
     async def until(
-        self, answer: Answer, condition: Callable[[], bool], timeout_s: float = 60.0
+        self, answer: Answer, condition: Callable[[], bool], timeout_s: float = 120.0
     ) -> None:
         async with asyncio.timeout(timeout_s):
             while not condition():
