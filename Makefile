@@ -1,5 +1,6 @@
 # make serve   install, start a router, a prefill and a decode worker here, print the URL
 # make test    install, run the tests
+# make fuzz    10,000 mutated requests (FUZZ=n) against a real split server
 # make check   format, lint, types, imports
 # make bench   drive load at a running server
 #
@@ -14,12 +15,13 @@ ARGS ?=
 VENV ?= .venv
 RATE ?= 2
 DURATION ?= 20
+FUZZ ?= 10000
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test check format bench proto venv venv-dev clean
+.PHONY: help serve test fuzz check format bench proto venv venv-dev clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -30,6 +32,9 @@ serve: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest $(TESTS)
+
+fuzz: $(VENV)/.installed-dev
+	@BATON_FUZZ_REQUESTS=$(FUZZ) $(BIN)/python -m pytest tests/faults/test_fuzz_requests.py
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -66,6 +66,14 @@ def add_api(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--chat-template", metavar="FILE", help="a Jinja file (or text) instead of the model's"
     )
+    group.add_argument(
+        "--chat-template-content-format",
+        metavar="FORM",
+        help="of message content: auto (default), string or openai",
+    )
+    group.add_argument(
+        "--default-chat-template-kwargs", metavar="JSON", help='such as {"enable_thinking": false}'
+    )
     _add_switches(group, {"trust-request-chat-template": "requests may bring a chat_template"})
     group.add_argument(
         "--tool-call-parser",

@@ -44,6 +44,8 @@ class Front:
             max_body_bytes=settings.max_body_bytes,
             max_batch=settings.max_batch,
             chat_template=self.chat_template,
+            chat_template_content_format=settings.chat_template_content_format,
+            default_chat_template_kwargs=settings.default_chat_template_kwargs,
             trust_request_chat_template=settings.trust_request_chat_template,
             tool_call_parser=settings.tool_call_parser,
             reasoning_parser=settings.reasoning_parser,

@@ -1,6 +1,7 @@
 """Workers and routers as ordinary processes, without Ray: `baton worker` and `baton router`."""
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -173,6 +174,8 @@ def run_router(
     from router.app import create_app
 
     app = create_app(config, StatusDirectory(addresses, config.cluster_key))
+    gc.collect()
+    gc.freeze()  # as in router/deployment.py
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:

@@ -114,6 +114,8 @@ class ClusterSettings(BaseModel):
     max_batch: int = Field(default=64, ge=1)  # prompts in one completion request
 
     chat_template: str | None = Field(default=None, min_length=1)  # a file, or the template itself
+    chat_template_content_format: Literal["auto", "string", "openai"] = "auto"
+    default_chat_template_kwargs: JsonObject = {}  # template variables unless a request sets them
     trust_request_chat_template: bool = False
     enable_auto_tool_choice: On = True  # for vLLM's users: it always is
     tool_call_parser: str | None = Field(default=None, min_length=1)  # none: off

@@ -23,7 +23,7 @@ class GenerationRequest:
     output_ids: tuple[tuple[int, ...], ...] = field(default=())
     attempt: int = 0
     finished: tuple[int, ...] = ()  # choices that are over already (a replay leaves them out)
-    cache_salt: str = ""
+    cache_salt: str = field(default="", repr=False)  # a secret of its client
     deadline_s: float | None = None
     priority: int = 0  # signed 64 bit
     redraw: bool = False

@@ -13,7 +13,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from contracts.errors import InvalidRequest, Overloaded, ServingError, Unavailable
+from contracts.errors import (
+    EngineFailure,
+    InvalidRequest,
+    Overloaded,
+    ServingError,
+    Unavailable,
+)
 from contracts.sampling import Grammar, GrammarKind
 from engine.grammar_backends import FIRST, SECOND, Backends
 from engine.grammar_lane import ChildSettings, Job, Lane
@@ -150,8 +156,9 @@ class GrammarCompiler:
                 outcome = backend.load(source)
             except ServingError as error:
                 outcome = error
-            except Exception as error:  # a bug of a backend's
-                outcome = InvalidRequest(f"the grammar cannot be loaded ({type(error).__name__})")
+            except Exception as error:  # a bug of a backend's; the next request tries again
+                log.exception("%s cannot load a grammar that its child compiled", name)
+                outcome = EngineFailure(f"the grammar cannot be loaded ({type(error).__name__})")
         with self._lock:
             self._jobs.pop(job.grammar, None)
             if isinstance(outcome, InvalidRequest):

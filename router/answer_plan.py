@@ -31,11 +31,13 @@ class AnswerPlan:
     """What binds the output, and who makes thoughts and calls out of it (None: nobody).
 
     `keep_special`: the parser needs special tokens in the text, whatever the request says.
+    `thinks`: it looks for thoughts.
     """
 
     grammar: Grammar | None = None
     make_parser: Callable[[], OutputParser] | None = None
     keep_special: bool = False
+    thinks: bool = False
 
 
 def chosen_grammar(request: ChatRequest, tools: ToolPlan) -> Grammar | None:
@@ -90,7 +92,8 @@ def plan_answer(
         tail=prompt.tail,
         template_kwargs=template_kwargs,
     )
-    return AnswerPlan(grammar, make_parser, _needs_special(reasoning, tools, model))
+    keep_special = _needs_special(reasoning, tools, model)
+    return AnswerPlan(grammar, make_parser, keep_special, thinks=reasoning is not None)
 
 
 def _make_parser(**arguments: Any) -> OutputParser:
@@ -151,6 +154,7 @@ def output_rules(
         spaces_between_special_tokens=request.spaces_between_special_tokens is not False,
         tokens_as_ids=config.return_tokens_as_token_ids if as_ids is None else as_ids,
         make_parser=plan.make_parser,
+        thinks=plan.thinks,
         include_reasoning=include_reasoning,
         calls_finish=calls_finish,
     )

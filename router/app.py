@@ -69,6 +69,7 @@ def create_app(
     prompts = ChatPrompts.load(
         config.model_path,
         chat_template=config.chat_template,
+        content_format=config.chat_template_content_format,
         inline_chars=config.inline_prompt_chars,
         timeout_s=config.template_timeout_s,
     )

@@ -193,24 +193,28 @@ class Choice:
             text = "" if hidden else self.detokenizer.push(token_id)
             return (text + self.detokenizer.finish() if ends else text), None
         top = self._alternatives(logprob)
-        name = self._name(token_id) if hidden or self.rules.tokens_as_ids else ""
+        name = self._name(token_id) if hidden else ""
         text = "" if hidden else self.detokenizer.push(token_id)
         if ends:
             text += self.detokenizer.finish()
-        if not name and not hidden:
+        if not hidden:
             special = token_id in self.vocabulary.special_ids
             name = self.vocabulary.name(token_id) if special else text
-        return text, LogprobEntry(name, max(logprob.logprob, LOWEST_LOGPROB), top)
+        value = max(logprob.logprob, LOWEST_LOGPROB)
+        if not self.rules.tokens_as_ids:
+            return text, LogprobEntry(name, value, tuple((other, v) for _, other, v in top))
+        by_id = tuple((f"token_id:{i}", v) for i, _, v in top)
+        spelled = (name, *(other for _, other, _ in top))
+        return text, LogprobEntry(f"token_id:{token_id}", value, by_id, spelled)
 
     def _name(self, token_id: int) -> str:
         """A token as log-probabilities show it in this place: special ones by name."""
-        if self.rules.tokens_as_ids:
-            return f"token_id:{token_id}"
         if token_id in self.vocabulary.special_ids:
             return self.vocabulary.name(token_id)
         return self.detokenizer.peek(token_id)
 
-    def _alternatives(self, logprob: TokenLogprob) -> tuple[tuple[str, float], ...]:
+    def _alternatives(self, logprob: TokenLogprob) -> list[tuple[int, str, float]]:
+        """(token id, text, log-probability); before the token itself is pushed."""
         wanted = self.params.logprobs or 0
         best = logprob.top if wanted < 0 else logprob.top[:wanted]
-        return tuple((self._name(i), max(value, LOWEST_LOGPROB)) for i, value in best)
+        return [(i, self._name(i), max(value, LOWEST_LOGPROB)) for i, value in best]

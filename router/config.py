@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from contracts.errors import ConfigurationError
 
@@ -32,6 +32,8 @@ class RouterConfig:
     generation_config: str = "auto"  # sampling defaults: the model's, "vllm" (none), or a folder
     override_generation_config: Mapping[str, Any] = field(default_factory=dict[str, Any])
     chat_template: str | None = None  # the operator's, as text; None: the model's
+    chat_template_content_format: Literal["auto", "string", "openai"] = "auto"
+    default_chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
     trust_request_chat_template: bool = False
     tool_call_parser: str | None = None  # None: by the chat template; "none": off
     reasoning_parser: str | None = None  # likewise

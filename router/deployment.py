@@ -3,6 +3,7 @@
 What it needs from above comes in as picklable callables, for the router does not know `cluster`.
 """
 
+import gc
 from collections.abc import Awaitable, Callable
 
 from fastapi import FastAPI
@@ -40,7 +41,10 @@ class RouterShell:
             from router.app import create_app  # tokenizers and templates: not for the controller
 
             router_id = serve.get_replica_context().replica_id.unique_id
-            return create_app(self._configure(router_id), self._directory())
+            app = create_app(self._configure(router_id), self._directory())
+            gc.collect()
+            gc.freeze()  # a full collection then stops streams for the time requests take, no more
+            return app
         except Exception as error:
             await self._report_failure("router", error)
             raise

@@ -13,11 +13,15 @@ LIGHT_ENTRIES = 256  # tokens; more of them are written in a thread
 
 @dataclass(frozen=True, slots=True)
 class LogprobEntry:
-    """One output token's text and log-probability; `top` is best first."""
+    """One output token's text and log-probability; `top` is best first.
+
+    `spelled` has the texts of the token and of each alternative, where `token` tells their ids.
+    """
 
     token: str
     logprob: float
     top: tuple[tuple[str, float], ...] = ()
+    spelled: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,19 +70,21 @@ def prompt_entries(
 
 def logprobs_json(entries: Iterable[LogprobEntry]) -> dict[str, Any]:
     """The `logprobs` object of a chat's choice or chunk."""
+    return {"content": [_entry_json(entry) for entry in entries]}
+
+
+def _entry_json(entry: LogprobEntry) -> dict[str, Any]:
+    names = [entry.token, *(token for token, _ in entry.top)]
+    first, *others = entry.spelled or names
+    best = zip(entry.top, others, strict=True)
     return {
-        "content": [
-            {
-                **_token_json(entry.token, entry.logprob),
-                "top_logprobs": [_token_json(token, value) for token, value in entry.top],
-            }
-            for entry in entries
-        ]
+        **_token_json(entry.token, entry.logprob, first),
+        "top_logprobs": [_token_json(token, value, text) for (token, value), text in best],
     }
 
 
-def _token_json(token: str, logprob: float) -> dict[str, Any]:
-    return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+def _token_json(token: str, logprob: float, text: str) -> dict[str, Any]:
+    return {"token": token, "logprob": logprob, "bytes": list(text.encode())}
 
 
 def prompt_logprobs_json(entries: Iterable[PromptEntry]) -> list[dict[str, Any] | None]:

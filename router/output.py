@@ -43,7 +43,7 @@ class Output:
 
     def usage(self, cached_tokens: int) -> Usage:
         """Counts so far: what was emitted, whatever it took."""
-        reasoned = None if self._job.rules.make_parser is None else self.reasoned
+        reasoned = self.reasoned if self._job.rules.thinks else None
         return Usage(len(self._job.prompt_ids), self.emitted, cached_tokens, reasoned)
 
     def show(self, event: TokensOut) -> None:

@@ -4,9 +4,8 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from tokenizers import Tokenizer
 
@@ -36,7 +35,7 @@ class ChatPrompts:
     """A model's tokenizer and chat templates.
 
     `primary_eos` is the tokenizer's end token (None if there is none), `secondary_eos` the
-    model's further ones. `template_kwargs` are the server's defaults of template variables.
+    model's further ones.
     """
 
     def __init__(
@@ -47,7 +46,6 @@ class ChatPrompts:
         primary_eos: int | None,
         secondary_eos: tuple[int, ...] = (),
         special_tokens: Mapping[str, str] | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
         defaults: ModelDefaults | None = None,
         config_vocab_size: int = 0,
         inline_chars: int = 2048,
@@ -62,7 +60,6 @@ class ChatPrompts:
         self._encoder = TextEncoder(tokenizer, config_vocab_size or self.vocabulary.size)
         self._templates = dict(templates)
         self._special_tokens = dict(special_tokens or {})
-        self._template_kwargs = dict(template_kwargs or {})
         self._inline_chars = inline_chars
         self._timeout_s = timeout_s
         self._sandbox = sandbox or TemplateSandbox()
@@ -74,7 +71,6 @@ class ChatPrompts:
         folder: str | Path,
         *,
         chat_template: str | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
         content_format: ContentFormat = "auto",
         inline_chars: int = 2048,
         timeout_s: float = 30.0,
@@ -120,7 +116,6 @@ class ChatPrompts:
             primary_eos=primary,
             secondary_eos=tuple(i for i in files.eos_ids if i != primary),
             special_tokens=files.special_tokens,
-            template_kwargs=template_kwargs,
             defaults=files.defaults,
             config_vocab_size=files.config_vocab_size,
             inline_chars=inline_chars,
@@ -144,9 +139,6 @@ class ChatPrompts:
             InvalidRequest: bad messages or template, or no room for a single output token.
             Overloaded: a long one's turn did not come in time.
         """
-        request = replace(
-            request, template_kwargs={**self._template_kwargs, **request.template_kwargs}
-        )
         if request.chat_template is not None:
             rendered = await self._sandbox.render(
                 request, self._special_tokens, max_chars=self._encoder.max_chars(max_model_len)

@@ -62,7 +62,10 @@ def prompt_request(
         continue_final_message=bool(fields.continue_final_message),
         add_special_tokens=bool(fields.add_special_tokens),
         chat_template=fields.chat_template,
-        template_kwargs=template_kwargs(fields.chat_template_kwargs, fields.reasoning_effort),
+        template_kwargs={
+            **config.default_chat_template_kwargs,
+            **template_kwargs(fields.chat_template_kwargs, fields.reasoning_effort),
+        },
         truncate_prompt_tokens=truncate,
     )
 

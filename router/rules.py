@@ -22,6 +22,7 @@ class OutputRules:
     spaces_between_special_tokens: bool = True
     tokens_as_ids: bool = False  # log-probabilities name tokens `token_id:<id>`
     make_parser: Callable[[], OutputParser] | None = None
+    thinks: bool = False  # the parser looks for thoughts; their tokens are counted
     include_reasoning: bool = True  # False: thoughts leave no text, ids or log-probabilities
     calls_finish: str = "tool_calls"
 

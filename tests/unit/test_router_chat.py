@@ -159,6 +159,16 @@ async def test_transfer_params_that_are_no_step(
     assert caught.value.param == "kv_transfer_params"
 
 
+async def test_the_operators_template_variables(make: MakeService) -> None:
+    service = make(default_chat_template_kwargs={"enable_thinking": False})
+    closed = "<think>\n\n</think>"
+    assert closed in prompt_of(service, await check(service))
+    thinks = {"chat_template_kwargs": {"enable_thinking": True}}
+    assert closed not in prompt_of(service, await check(service, **thinks))
+    # What the parser and the grammar are told of the prompt includes them.
+    assert await starting(service, **JSON_OBJECT) == ((), None)
+
+
 async def test_the_operators_defaults(make: MakeService) -> None:
     changed = make(
         override_generation_config={"temperature": 0.5, "eos_token_id": 7},

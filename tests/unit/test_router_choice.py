@@ -6,7 +6,7 @@ import pytest
 from contracts.events import FinishReason, TokenLogprob
 from contracts.sampling import Grammar, GrammarKind, SamplingParams
 from router.choice import Choice, TokenFault
-from router.logprobs import LogprobEntry
+from router.logprobs import LogprobEntry, logprobs_json
 from router.pieces import Piece
 from router.rules import OutputRules
 from tests.support.chat_answer import EOS, OTHER_EOS, VOCABULARY, ids, out
@@ -249,10 +249,16 @@ def test_tokens_by_id() -> None:
     assert got.text == "a"
     assert got.logprobs == (
         LogprobEntry(
-            f"token_id:{token}", -1.0, ((f"token_id:{token}", -1.0), (f"token_id:{EOS}", -2.0))
+            f"token_id:{token}",
+            -1.0,
+            ((f"token_id:{token}", -1.0), (f"token_id:{EOS}", -2.0)),
+            ("a", "a", "<|im_end|>"),
         ),
-        LogprobEntry(f"token_id:{EOS}", -0.5),
+        LogprobEntry(f"token_id:{EOS}", -0.5, (), ("<|im_end|>",)),
     )
+    first = logprobs_json(got.logprobs)["content"][0]
+    assert (first["token"], first["bytes"]) == (f"token_id:{token}", list(b"a"))  # the real bytes
+    assert first["top_logprobs"][1]["bytes"] == list(b"<|im_end|>")
 
 
 @pytest.mark.parametrize(("wanted", "shown"), [(0, 0), (1, 1), (3, 3), (-1, 4)])

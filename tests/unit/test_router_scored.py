@@ -261,7 +261,8 @@ async def test_the_field_at_fault_is_named(tmp_path: Path, who: str, param: str)
 
 @pytest.mark.parametrize("include", [True, False])
 async def test_thoughts_are_counted_over_all_choices(tmp_path: Path, include: bool) -> None:
-    rules = OutputRules(make_parser=partial(TinyParser, thinking=True), include_reasoning=include)
+    parser = partial(TinyParser, thinking=True)
+    rules = OutputRules(make_parser=parser, thinks=True, include_reasoning=include)
     d = fake("d")
     async with router(tmp_path, d, aggregated=True) as r:
         run = await r.start(n=2, rules=rules).rest()
