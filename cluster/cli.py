@@ -269,6 +269,8 @@ def _serve(args: argparse.Namespace) -> int:
     folder = args.demo_dir or Path.home() / ".cache" / "baton" / "demo"
     name = args.served_model_name or ["demo"]
     settings = _settings(args, model=str(ensure_demo_model(folder)), served_model_name=name)
+    if settings.reasoning_parser is None:  # its noise may open thoughts, and never ends them
+        settings = settings.model_copy(update={"reasoning_parser": "none"})
     return serve(settings, timings=args.timings)
 
 
