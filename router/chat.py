@@ -34,7 +34,7 @@ from router.responses import AnswerHead
 from router.sampling import ServedModel, resolve
 from router.schema import ChatRequest, SharedFields, parse_chat_request
 from router.tool_choice import ToolPlan, plan_tools
-from router.two_step import Step, Transfer, read_transfer, shown
+from router.two_step import Transfer, read_transfer, settle
 from router.workers import WorkerPool
 
 _MODEL_CHARS = 80
@@ -188,9 +188,7 @@ class ChatService:
         tools: ToolPlan,
     ) -> ChatCall:
         options = request.stream_options
-        transfer = self.transfer(request)
-        if transfer is not None and transfer.step is Step.EXPORT:
-            params = shown(params)
+        transfer, params = settle(self.transfer(request), params)
         return ChatCall(
             job=Job(
                 request_id=new_request_id(),

@@ -73,9 +73,19 @@ def _flag(params: Mapping[str, Any], name: str) -> bool:
     return bool(value)
 
 
-def shown(params: SamplingParams) -> SamplingParams:
-    """What an export's answer is held to: one choice of one token."""
-    return replace(params, n=1, max_tokens=1, min_tokens=0)
+def settle(
+    transfer: Transfer | None, params: SamplingParams
+) -> tuple[Transfer | None, SamplingParams]:
+    """The step that will be taken, and what its answer is held to.
+
+    An export's answer is one choice of one token. The prompt's log-probabilities are those of
+    whoever computes it, so an adoption that wants them is computed anew; P's lease runs out.
+    """
+    if transfer is None or (transfer.step is Step.ADOPT and params.prompt_logprobs is not None):
+        return None, params
+    if transfer.step is Step.EXPORT:
+        return transfer, replace(params, n=1, max_tokens=1, min_tokens=0)
+    return transfer, params
 
 
 def computed(params: SamplingParams) -> SamplingParams:

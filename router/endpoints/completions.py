@@ -25,7 +25,7 @@ from router.outbox import Outbox
 from router.request import Generation
 from router.sampling import resolve
 from router.sse import EventEncoder, PieceSource
-from router.two_step import Step, shown
+from router.two_step import settle
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,14 +178,11 @@ def _job(
         max_model_len=max_model_len,
         grammar=grammar,
     )
-    transfer = service.transfer(request)
-    if transfer is not None:
-        if len(request.prompt) > 1:
-            raise InvalidRequest("kv_transfer_params belong to one prompt", "kv_transfer_params")
-        if transfer.step is Step.EXPORT:
-            params = shown(params)
     if request.echo and request.stream:  # the echoed prompt carries its log-probabilities
         params = replace(params, prompt_logprobs=params.logprobs)
+    transfer, params = settle(service.transfer(request), params)
+    if transfer is not None and len(request.prompt) > 1:
+        raise InvalidRequest("kv_transfer_params belong to one prompt", "kv_transfer_params")
     return Job(
         request_id=new_request_id(),
         prompt_ids=prompt_ids,

@@ -139,6 +139,18 @@ def test_a_handoff_serves_once(client: httpx.Client) -> None:
     assert again["choices"] == first["choices"]
 
 
+def test_prompt_scores_are_computed_with_the_prompt(
+    server: LiveServer, client: httpx.Client
+) -> None:
+    body = {**GREEDY, "prompt_logprobs": 1}
+    direct = post(client, body)
+    first = post(client, {**body, "max_tokens": 1, "kv_transfer_params": ASK})
+    assert_same(first["prompt_logprobs"], direct["prompt_logprobs"])
+    second = post(client, {**body, "kv_transfer_params": first["kv_transfer_params"]})
+    assert_same(second["prompt_logprobs"], direct["prompt_logprobs"])
+    assert_same(second["choices"], direct["choices"])
+
+
 @pytest.mark.parametrize(
     "edit",
     [
