@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from router.parsers.json_calls import LEFT_OVER, Calls, JsonCalls, JsonForm, optional
+from router.parsers.json_calls import LEFT_OVER, Calls, JsonCalls, JsonForm, optional, section
 from router.parsers.json_text import arguments_value
 from router.parsers.output import Output
 from router.parsers.source import Markers, Source, Steps
@@ -49,23 +49,7 @@ class HeadedCalls(Calls):
 
     def call(self, source: Source, out: Output) -> Steps[None]:
         """Read what follows an opening: a section of calls, or one call."""
-        # Which of the two it was: the source stands right behind it.
-        opened = source.text.endswith(self._form.call_open, 0, source.at)
-        seen = before = out.seen
-        while True:
-            if not opened:
-                yield from source.space()
-                opened = yield from source.literal(self._form.call_open)
-            if opened:
-                yield from self._one(source, out)
-            opened = False
-            if out.seen == before:
-                break
-            before = out.seen
-            source.mark()
-        if out.seen > seen:
-            source.undo()
-            yield from optional(source, self._ends)
+        yield from section(source, out, self._form.call_open, self._ends, self._one)
 
     def _one(self, source: Source, out: Output) -> Steps[None]:
         head = yield from self._form.head(source)

@@ -1,6 +1,7 @@
 """Calls written as JSON: `{"name": …, "arguments": {…}}`, bare, in a list or between markers."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from router.parsers.json_text import call_object
@@ -148,6 +149,33 @@ def optional(source: Source, markers: Markers, before: re.Pattern[str] = _SPACE)
         source.commit()
     else:
         source.undo()
+
+
+def section(
+    source: Source,
+    out: Output,
+    call_open: str,
+    ends: Markers,
+    one: Callable[[Source, Output], Steps[None]],
+) -> Steps[None]:
+    """Read calls by `one`, behind the opening of a section or already of its first call."""
+    # Which of the two it was: the source stands right behind it.
+    opened = source.text.endswith(call_open, 0, source.at)
+    seen = before = out.seen
+    while True:
+        if not opened:
+            yield from source.space()
+            opened = yield from source.literal(call_open)
+        if opened:
+            yield from one(source, out)
+        opened = False
+        if out.seen == before:
+            break
+        before = out.seen
+        source.mark()
+    if out.seen > seen:
+        source.undo()
+        yield from optional(source, ends)
 
 
 def required_calls(tools: ToolParsing) -> JsonCalls:

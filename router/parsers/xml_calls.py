@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from router.parsers.json_calls import Calls, optional
+from router.parsers.json_calls import Calls, section
 from router.parsers.output import Output
 from router.parsers.source import Markers, Source, Steps
 from router.parsers.specs import ToolParsing
@@ -108,22 +108,7 @@ class XmlCalls(Calls):
 
     def call(self, source: Source, out: Output) -> Steps[None]:
         """Read what follows an opening: a section of calls, or one call."""
-        opened = source.text.endswith(self._form.call_open, 0, source.at)
-        seen = before = out.seen
-        while True:
-            if not opened:
-                yield from source.space()
-                opened = yield from source.literal(self._form.call_open)
-            if opened:
-                yield from self._one(source, out)
-            opened = False
-            if out.seen == before:
-                break
-            before = out.seen
-            source.mark()
-        if out.seen > seen:
-            source.undo()
-            yield from optional(source, self._section_close)
+        yield from section(source, out, self._form.call_open, self._section_close, self._one)
 
     def _one(self, source: Source, out: Output) -> Steps[None]:
         head = yield from source.upto(self._head_end, _MAX_NAME)
