@@ -64,7 +64,7 @@ async def test_d_draws_what_it_draws_alone(llama: Path, length: int) -> None:
         await cluster.idle()
 
 
-async def step_one(cluster: SplitCluster, request: GenerationRequest, lease_ms: int) -> str:
+async def step_one(cluster: SplitCluster, request: GenerationRequest, lease_ms: int | None) -> str:
     """P's part; the params it gave."""
     params = SamplingParams(max_tokens=2, temperature=0.0)
     first = replace(request, request_id=new_request_id(), params=params, lease_ms=lease_ms)
@@ -79,8 +79,12 @@ async def test_p_keeps_the_kv_for_as_long_as_was_asked(llama: Path) -> None:
     async with split_cluster(llama) as cluster:
         params = await step_one(cluster, request, lease_ms=60_000)
         assert '"lease_ms":60000' in params
-        await asyncio.sleep(2.5)  # the worker's own lease of 2 s is over
-        assert cluster.prefill.ended_transfers == {}
+        # Until one that was begun later, under the worker's own lease, is over.
+        await step_one(cluster, request_of("own", 40, KINDS["greedy"]), lease_ms=None)
+        async with asyncio.timeout(30):
+            while not cluster.prefill.ended_transfers:  # noqa: ASYNC110 - bounded, rare
+                await asyncio.sleep(0.02)
+        assert cluster.prefill.ended_transfers == {"expired": 1}
         answer = cluster.expect(request)
         cluster.sessions[Role.DECODE].adopt(replace(request, redraw=True), params)
         await cluster.until(answer, lambda: answer.over)
