@@ -208,7 +208,12 @@ def _add_status(commands: Any) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("addresses", nargs="+", metavar="HOST:PORT")
-    parser.add_argument("--check", action="store_true", help="exit 1 if a ledger does not add up")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="have each worker recount its KV blocks and find whose each is; exit 1 if some are "
+        "nobody's (stops a worker's steps for milliseconds)",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a worker and line")
     _add_key(parser)
 

@@ -1,4 +1,4 @@
-"""`baton status`: how workers are, and whether their ledgers add up."""
+"""`baton status`: how workers are, and whether each of their blocks is accounted for."""
 
 import asyncio
 import json
@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from contracts.errors import ServingError
 from rpc.status import fetch_status
 
+_TIMEOUT_S = 5.0
+_AUDIT_TIMEOUT_S = 30.0  # it waits for the end of a step, several times
 STATES = ("free", "cached", "owned", "leased", "reserved", "quarantined")
 
 
@@ -27,29 +29,51 @@ def ledger_error(status: Mapping[str, object]) -> str | None:
     return f"{terms} = {sum(numbers.values())}, not {total}"
 
 
+def findings_of(status: Mapping[str, object]) -> list[str]:
+    """What is wrong with a worker's blocks; its audit's findings only if it was asked for them."""
+    error = ledger_error(status)
+    found = status.get("findings", [])
+    if not isinstance(found, Sequence):
+        return ["the worker's audit is not readable"]
+    return [error, *map(str, found)] if error else [*map(str, found)]
+
+
 def show_status(addresses: Sequence[str], *, cluster_key: str, check: bool, as_json: bool) -> int:
-    """Print each worker's status. Returns 1 if one does not answer or, with `check`, adds up."""
-    answers = asyncio.run(_ask_all(addresses, cluster_key))
+    """Print each worker's status; with `check`, have each audit its blocks.
+
+    Returns 1 if one does not answer, or with `check` if something is wrong.
+    """
+    answers = asyncio.run(_ask_all(addresses, cluster_key, check))
     bad = False
     for address, answer in zip(addresses, answers, strict=True):
         if isinstance(answer, BaseException):
             bad = True
             print(f"{address}: {answer}")
             continue
-        error = ledger_error(answer)
-        bad = bad or (check and error is not None)
-        print(json.dumps({"address": address, **answer}) if as_json else _lines(address, answer))
-        if error is not None and not as_json:
-            print(f"  ledger WRONG: {error}")
+        found = findings_of(answer)
+        if check and "findings" not in answer:
+            found.append("the worker did not audit its blocks")
+        bad = bad or (check and bool(found))
+        if as_json:
+            print(json.dumps({"address": address, **answer}))
+            continue
+        print(_lines(address, answer))
+        for finding in found:
+            print(f"  WRONG: {finding}")
+        if check and not found:
+            print("  audit: every block is accounted for")
     return 1 if bad else 0
 
 
 async def _ask_all(
-    addresses: Sequence[str], cluster_key: str
+    addresses: Sequence[str], cluster_key: str, audit: bool
 ) -> list[dict[str, object] | ServingError]:
     async def ask(address: str) -> dict[str, object] | ServingError:
         try:
-            return await fetch_status(address, cluster_key=cluster_key)
+            limit_s = _AUDIT_TIMEOUT_S if audit else _TIMEOUT_S
+            return await fetch_status(
+                address, cluster_key=cluster_key, timeout_s=limit_s, audit=audit
+            )
         except ServingError as error:
             return error
 
@@ -59,7 +83,7 @@ async def _ask_all(
 def _lines(address: str, status: Mapping[str, object]) -> str:
     lines = [f"{address}: {status.get('role', '?')} worker {status.get('worker_id', '?')}"]
     for key, value in status.items():
-        if key in ("role", "worker_id"):
+        if key in ("role", "worker_id", "findings"):
             continue
         if isinstance(value, Mapping):
             value = ", ".join(f"{name} {number}" for name, number in value.items())

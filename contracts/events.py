@@ -116,7 +116,12 @@ WorkerEvent = TokensOut | PromptScores | PrefillStarted | Adopted | PathTaken | 
 
 @dataclass(frozen=True, slots=True)
 class WorkerLoad:
-    """What a worker reports with every frame and beat."""
+    """What a worker reports with every frame and beat.
+
+    `free` to `quarantined` are the ledger: its blocks by state, all of one moment. They add up to
+    `total_blocks`. The transfers are those of a P since its start: with a lease that ran out, and
+    taken back because a prefill lacked memory (L6).
+    """
 
     step: int = 0
     waiting: int = 0  # requests not yet running (queue and pending handoffs)
@@ -125,3 +130,11 @@ class WorkerLoad:
     free_blocks: int = 0  # free and evictable
     total_blocks: int = 0
     draining: bool = False
+    free: int = 0
+    cached: int = 0
+    owned: int = 0
+    leased: int = 0
+    reserved: int = 0
+    quarantined: int = 0
+    expired_transfers: int = 0
+    revoked_transfers: int = 0

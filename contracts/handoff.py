@@ -79,7 +79,18 @@ class Revoked:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """D needs the blocks no more. Repeated until acknowledged or the lease is over (L4)."""
+    """D needs the blocks no more. Repeated until acknowledged or the lease is over (L4).
+
+    `nonce` is the claim's: over a new link it proves whose transfer this is.
+    """
+
+    transfer_id: TransferId
+    nonce: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """D posts its first read: under memory pressure P takes back those not being read (L6)."""
 
     transfer_id: TransferId
 
@@ -98,7 +109,7 @@ class Beat:
     sequence: int
 
 
-FromDecode = PeerHello | Claim | Release | Beat
+FromDecode = PeerHello | Claim | Reading | Release | Beat
 FromPrefill = (
     PeerHello | ClaimGranted | ClaimDenied | ChunkReady | FirstTokens | Revoked | ReleaseAck | Beat
 )

@@ -66,6 +66,11 @@ class WorkerConfig:
     prefix_caching: bool = True
     lease_ms: int = 2000
     read_timeout_ms: int = 10_000  # D gives a silent read up and recomputes
+    quarantine_ms: int = 10_000  # a read given up that lasts longer may last for ever (Q2)
     check_ledger: bool = False  # assert the ledger after every step (tests)
     logits_processor_pattern: str = ""  # names of allowed logits processors match it; empty: none
     warm_grammars: bool = False  # start what compiles grammars with the worker, not on first need
+
+    def address(self, port: int, incarnation: Incarnation) -> WorkerAddress:
+        """Where routers and peers find the worker that listens on `port`."""
+        return WorkerAddress(self.worker_id, self.role, f"{self.host}:{port}", incarnation)

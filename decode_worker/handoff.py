@@ -1,28 +1,25 @@
 """One handoff on D's side: claim, reserve, read as P computes, verify, join.
 
-    WAIT ──granted, reserved──> RESERVED ──a read is posted──> READ ──verified──> RUN
-      └──────────── revoked, refused, lost, late: HandoffError, D recomputes ───────┘
-
-WAIT holds nothing (M2). Whatever ends it, blocks that a posted read may still write go into
-quarantine until that read is terminal (Q1), and P is told to release.
+What happens when is `decode_worker.machine`'s; this file carries its actions out, on the event
+loop, and tells it the facts. Whatever ends a handoff, blocks that a posted read may still write
+go into quarantine until that read is terminal (Q1), and P is told to release.
 """
 
 import asyncio
-import logging
+import contextlib
 import secrets
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
-from enum import StrEnum
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from contracts.errors import (
     ClaimRefused,
-    FenceBroken,
-    OutOfBlocks,
+    HandoffError,
+    ServingError,
     TransferFailed,
     TransferGone,
 )
@@ -33,43 +30,56 @@ from contracts.handoff import (
     ClaimDenied,
     ClaimGranted,
     FirstTokens,
+    Reading,
     Release,
     Revoked,
 )
 from contracts.request import GenerationRequest
+from decode_worker.machine import (
+    Action,
+    Actions,
+    Connect,
+    EndQuarantine,
+    Finish,
+    GiveBack,
+    HandoffMachine,
+    HandoffSpec,
+    Join,
+    PostRead,
+    Reserve,
+    SendClaim,
+    SendReading,
+    SendRelease,
+)
 from decode_worker.peers import Peer, PeerTable, TransferMessage
+from decode_worker.quarantine import Quarantine
+from decode_worker.reserving import reserve
 from decode_worker.turns import Line
 from engine.guide import Guide
 from engine.host import EngineHost, needs_guide
 from engine.sequence import Reservation, blocks_for
-from kv_transfer.layout import WORD_BYTES, Region, coalesce, slices
+from kv_transfer.layout import WORD_BYTES, coalesce, slices
 from kv_transfer.params import KvTransferParams, decode_incarnation
 from kv_transfer.transfer_thread import TransferThread
 
-log = logging.getLogger(__name__)
-_RESERVE_RETRY_S = 0.005
 _READ_BYTES = 256 << 20  # of one `read` call: its time limit is for that much
 _REPEATS_BEATS = 4  # a lease is this many beats: own deadline = last acknowledged + lease - margin
-
-
-class HandoffState(StrEnum):
-    """How far a handoff is; also the words of metrics and logs."""
-
-    WAIT = "wait"
-    RESERVED = "reserved"
-    READ = "read"
-    RUN = "run"
-    OVER = "over"
-
-
-class HandoffEnded(Exception):
-    """P says that there is nothing to decode."""
+_CONNECT_S = 5.0
+_STUCK_S = 60.0  # P lives and gets no further: as long as its engine may stand still
 
 
 class NotPrepared(Exception):
     """The request cannot run here, whatever its prompt's KV: `cause` says why."""
 
     def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
+class ClaimDeniedByP(HandoffError):
+    """P's own word on the params: used, expired, or not its own. `cause` is the error it named."""
+
+    def __init__(self, cause: HandoffError) -> None:
         super().__init__(str(cause))
         self.cause = cause
 
@@ -84,47 +94,76 @@ class HandoffStats:
     hit_blocks: int = 0
 
 
-@dataclass(slots=True, eq=False)
-class _Posting:
-    """Local blocks that one `read` call may write, until it is terminal."""
+@dataclass(frozen=True, slots=True)
+class HandoffTools:
+    """What all handoffs of a worker share.
 
-    blocks: tuple[int, ...]
-    terminal: bool = False
-    quarantined: bool = False
+    `landing` is the worker's table of words read from peers, slot = local block id. They reserve
+    in the order of `line`: priority, then arrival.
+    """
+
+    host: EngineHost
+    peers: PeerTable
+    transfers: TransferThread
+    quarantine: Quarantine
+    landing: npt.NDArray[np.uint64]
+    line: Line
+    block_size: int
+    read_timeout_s: float
 
 
 @dataclass(slots=True, eq=False)
 class Handoff:
-    """Drives one transfer; `run` ends in a joined sequence or in a HandoffError.
+    """Drives one transfer; `run` ends in a joined sequence or in an error.
 
-    `landing` is this worker's table of words read from peers, slot = local block id. `line` is
-    one for all handoffs of this worker: they reserve in order of priority, then arrival. The
-    request's grammar and processors are prepared meanwhile.
+    The request's grammar and processors are prepared meanwhile.
     """
 
     request: GenerationRequest
     params: KvTransferParams
     digest: str
-    host: EngineHost
-    peers: PeerTable
-    transfers: TransferThread
-    landing: npt.NDArray[np.uint64]
-    line: Line
-    block_size: int
-    read_timeout_s: float
-    state: HandoffState = HandoffState.WAIT
-    first_tokens: tuple[TokensOut, ...] = ()
+    tools: HandoffTools
     guide: Guide | None = None
     stats: HandoffStats = field(default_factory=HandoffStats)
-    _preparing: "asyncio.Task[None] | None" = None
+    machine: HandoffMachine = field(init=False)
+    _nonce: str = field(default_factory=lambda: secrets.token_hex(16))
+    _joined: Callable[["Handoff"], None] | None = None
     _peer: Peer | None = None
-    _grant: ClaimGranted | None = None
-    _ready_tokens: int = 0
-    _failure: Exception | None = None
-    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+    _alive_at: float = 0.0
     _reservation: Reservation | None = None
-    _postings: list[_Posting] = field(default_factory=list[_Posting])
-    _reading: asyncio.Timeout | None = None
+    _reserved: int = 0  # its number
+    _handed_over: set[int] = field(default_factory=set[int])  # reads given to the connector
+    _over: asyncio.Event = field(default_factory=asyncio.Event)
+    _error: Exception | None = None
+    _tasks: set["asyncio.Task[None]"] = field(default_factory=set["asyncio.Task[None]"])
+    _preparing: "asyncio.Task[None] | None" = None
+    _timer: asyncio.TimerHandle | None = None
+
+    def __post_init__(self) -> None:
+        tools, num_tokens = self.tools, len(self.request.prompt_ids)
+        self.machine = HandoffMachine(
+            HandoffSpec(
+                transfer_id=self.params.transfer_id,
+                incarnation=decode_incarnation(self.params.incarnation),
+                num_tokens=num_tokens,
+                num_blocks=blocks_for(num_tokens, tools.block_size),
+                block_size=tools.block_size,
+                max_read_blocks=max(1, _READ_BYTES // tools.peers.bytes_per_block),
+                connect_s=_CONNECT_S,
+                silence_s=tools.read_timeout_s,
+                stuck_s=max(_STUCK_S, tools.read_timeout_s),
+            )
+        )
+
+    @property
+    def first_tokens(self) -> tuple[TokensOut, ...]:
+        """P's, as far as they are known."""
+        return self.machine.first_tokens
+
+    @property
+    def reservation(self) -> Reservation | None:
+        """What it holds, if that is its own to give back."""
+        return self._reservation
 
     async def run(self, joined: Callable[["Handoff"], None]) -> None:
         """Do all of it; `joined` is called just before the sequence enters the engine.
@@ -134,20 +173,22 @@ class Handoff:
             HandoffEnded: token 1 ended every choice.
             NotPrepared: the request fails.
         """
+        self._joined = joined
+        self._alive_at = time.monotonic()
         try:
             if needs_guide(self.request.params):
                 self._preparing = asyncio.create_task(self._prepare(), name="baton-prepare")
-            await self._claim()
-            await self._reserve()
-            await self._read_all()
-            await self._until(lambda: bool(self.first_tokens), "token 1 did not come in time")
-            await self._verify()
-            self._release_peer()
-            await self.prepared()
-            joined(self)
-            await self._join()
+            self._do(self.machine.start(self._alive_at))
+            await self._over.wait()
+            if self._error is not None:
+                raise self._error
         finally:
-            self._give_back()
+            self._do(self.machine.abort())
+            if self._timer is not None:
+                self._timer.cancel()
+            for task in self._tasks:
+                task.cancel()
+            self._forget()
 
     async def prepared(self) -> None:
         """Wait until `guide` is what the request needs. Raises NotPrepared."""
@@ -155,239 +196,255 @@ class Handoff:
             await self._preparing
 
     async def close(self) -> None:
-        """End the preparation if it still runs; after `run`."""
+        """End what still runs; after `run`."""
         if self._preparing is not None:
             self._preparing.cancel()
             await asyncio.gather(self._preparing, return_exceptions=True)
+        if self._tasks:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    # -- the steps --------------------------------------------------------------------------
+    # -- actions ----------------------------------------------------------------------------
+
+    def _do(self, actions: Actions) -> None:
+        for action in actions:
+            self._carry_out(action)
+        self._set_timer()
+
+    def _carry_out(self, action: Action) -> None:
+        match action:
+            case Connect():
+                self._begin(lambda: self._connect(action.timeout_s))
+            case SendClaim():
+                self._send(Claim(self.params.transfer_id, self._nonce, self.digest))
+            case SendReading():
+                self._send(Reading(self.params.transfer_id))
+            case SendRelease():
+                self._release()
+            case Reserve():
+                self._begin(lambda: self._reserve(action.number))
+            case PostRead():
+                self._post(action)
+            case GiveBack():
+                self._give_back(action)
+            case EndQuarantine():
+                self.tools.quarantine.end((self, action.number))
+            case Join():
+                self._begin(self._join)
+            case Finish():
+                self._error = action.error
+                self._over.set()
+
+    def _begin(self, work: Callable[[], Coroutine[Any, Any, None]]) -> "asyncio.Task[None]":
+        task = asyncio.create_task(self._guarded(work), name="baton-handoff-step")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _guarded(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        try:
+            await work()
+        except Exception as error:
+            self._do(self.machine.fail(error))
+
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        due = self.machine.deadline(self._heard_at)
+        if due is not None:
+            wait_s = max(0.0, due - time.monotonic())
+            self._timer = asyncio.get_running_loop().call_later(wait_s, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        self._do(self.machine.tick(time.monotonic(), self._heard_at))
+
+    # -- the link ---------------------------------------------------------------------------
+
+    @property
+    def _heard_at(self) -> float:
+        """When P last showed life: its links' last acknowledged beat (L1)."""
+        if self._peer is not None:
+            self._alive_at = max(self._alive_at, self._peer.link.acknowledged_at)
+        return self._alive_at
+
+    @property
+    def _lease_until(self) -> float:
+        """No read is posted after this; until then P may still have the claim (L1)."""
+        grant = self.machine.grant
+        lease_s = (self.params.lease_ms if grant is None else grant.lease_ms) / 1000
+        return self._heard_at + lease_s - lease_s / _REPEATS_BEATS
+
+    async def _connect(self, timeout_s: float) -> None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                peer = await self.tools.peers.peer(self.params.peer_address)
+            self.tools.peers.listen(peer, self.params.transfer_id, self._on_message)
+        except TimeoutError:
+            error = TransferFailed("the prefill worker does not answer in time")
+            self._do(self.machine.unreachable(error))
+        except ServingError as error:
+            self._do(self.machine.unreachable(error))
+        else:
+            self._peer = peer
+            self._do(self.machine.linked(peer.link.remote.incarnation, time.monotonic()))
+
+    def _send(self, message: Claim | Reading) -> None:
+        if self._peer is not None:
+            self._peer.link.send(message)
+
+    def _release(self) -> None:
+        grant = self.machine.grant
+        lease_ms = self.params.lease_ms if grant is None else grant.lease_ms
+        self._forget()
+        release = Release(self.params.transfer_id, self._nonce)
+        self.tools.peers.release(self.params.peer_address, release, lease_ms / 1000)
+
+    def _forget(self) -> None:
+        if self._peer is not None:
+            self.tools.peers.forget(self._peer, self.params.transfer_id)
+
+    def _on_message(self, message: TransferMessage | None) -> None:
+        machine, now = self.machine, time.monotonic()
+        match message:
+            case None:
+                self._do(machine.link_lost(self._lease_until - now))
+            case ClaimGranted():
+                self._do(machine.granted(message, now))
+            case ClaimDenied():
+                self._do(machine.denied(_denial(message)))
+            case ChunkReady():
+                self._do(machine.chunk_ready(message.ready_tokens, now))
+            case FirstTokens():
+                self._do(machine.first_tokens_came(message.tokens, now))
+            case Revoked():
+                self._do(machine.revoked(message.reason))
+
+    # -- memory -----------------------------------------------------------------------------
+
+    async def _reserve(self, number: int) -> None:
+        tools, loop = self.tools, asyncio.get_running_loop()
+
+        def reclaimed() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(lambda: self._do(self.machine.reclaimed(number)))
+
+        try:
+            reservation = await reserve(
+                tools.host,
+                tools.line,
+                self.request,
+                timeout_s=tools.read_timeout_s,
+                on_reclaimed=reclaimed,
+            )
+        except TransferFailed as error:
+            self._do(self.machine.no_memory(number, error))
+            return
+        self._reservation, self._reserved = reservation, number
+        self._do(self.machine.reserved(number, reservation.num_hits))
+
+    def _give_back(self, action: GiveBack) -> None:
+        reservation, self._reservation = self._reservation, None
+        assert reservation is not None
+        posted = self.tools.quarantine.begin([(self, number) for number in action.posted])
+        self.tools.host.call(lambda scheduler: scheduler.unreserve(reservation, posted))
+
+    # -- reads ------------------------------------------------------------------------------
+
+    def _post(self, action: PostRead) -> None:
+        reservation = self._reservation
+        assert reservation is not None
+        if not reservation.pin():  # taken back meanwhile (M3)
+            self._do(self.machine.reclaimed(self._reserved))
+            return
+        local = reservation.blocks[action.first : action.end]
+        self.tools.quarantine.posted((self, action.number), local)
+        task = self._begin(lambda: self._read(action, local))
+        task.add_done_callback(lambda _: self._never_posted(action.number))
+
+    def _never_posted(self, number: int) -> None:
+        """The connector, once it was given the read, says itself when that is terminal."""
+        if number not in self._handed_over:
+            self._terminal(number)
+
+    async def _read(self, action: PostRead, local: list[int]) -> None:
+        """Carry a read out. Its slices stop being posted when its lease or time is over (Q3)."""
+        tools, machine = self.tools, self.machine
+        peer, grant = self._peer, machine.grant
+        assert peer is not None
+        assert grant is not None
+        rank = peer.layout.rank
+        remote = grant.block_ids[action.first : action.end]
+        if action.words:
+            tools.landing[local] = 0  # no generation is 0: an unread word never matches
+            pieces = [tuple(coalesce(remote, local, WORD_BYTES))]
+        else:
+            regions = coalesce(remote, local, rank.bytes_per_block)
+            pieces = list(slices(regions, rank.bytes_per_block))
+        self._handed_over.add(action.number)
+        try:
+            result = await tools.transfers.read(
+                peer.handle,
+                "words" if action.words else "kv",
+                pieces,
+                rank.words_region if action.words else rank.kv_region,
+                deadline=time.monotonic() + tools.read_timeout_s,
+                lease_deadline=lambda: self._lease_until,
+                on_terminal=lambda: self._terminal(action.number),
+            )
+        except Exception as error:
+            self._do(machine.read_failed(action.number, error))
+            return
+        if action.words:
+            self._do(machine.words(action.number, tools.landing[local].tolist()))
+            return
+        stats = self.stats
+        self.stats = HandoffStats(
+            stats.num_bytes + result.num_bytes,
+            stats.num_descriptors + result.num_descriptors,
+            stats.read_s + result.seconds,
+        )
+        self._do(machine.read_done(action.number, time.monotonic()))
+
+    def _terminal(self, number: int) -> None:
+        self.tools.quarantine.terminal((self, number))
+        self._do(self.machine.terminal(number))
+
+    # -- the end ----------------------------------------------------------------------------
 
     async def _prepare(self) -> None:
         try:
-            self.guide = await self.host.prepare(self.request)
+            self.guide = await self.tools.host.prepare(self.request)
         except Exception as error:
             failure = NotPrepared(error)
-            self._fail(failure)
-            self._changed.set()
+            self._do(self.machine.fail(failure))
             raise failure from error
 
-    async def _claim(self) -> None:
-        self._peer = await self.peers.peer(self.params.peer_address)
-        if self._peer.link.remote.incarnation != decode_incarnation(self.params.incarnation):
-            raise TransferGone("P has restarted since it gave the params")
-        transfer_id = self.params.transfer_id
-        self.peers.listen(self._peer, transfer_id, self._on_message)
-        self._peer.link.send(Claim(transfer_id, secrets.token_hex(16), self.digest))
-        await self._until(lambda: self._grant is not None, "P did not answer the claim in time")
-        grant = self._granted()
-        if grant.num_tokens != len(self.request.prompt_ids):
-            raise ClaimRefused("the transfer's prompt is of another length")
-        need = blocks_for(grant.num_tokens, self.block_size)
-        if len(grant.block_ids) != need or len(grant.generations) != need:
-            raise ClaimRefused(f"{need} blocks expected, {len(grant.block_ids)} granted")
-
-    async def _reserve(self) -> None:
-        deadline = time.monotonic() + self.read_timeout_s
-        keys: list[bytes] = []
-        with self.line.turn(self.request.priority) as turn:
-            while self._reservation is None:  # a big prompt does not starve behind small ones (M7)
-                await turn.come()
-                self._raise_failure()
-                asked = self.host.call(lambda scheduler: scheduler.reserve(self.request, keys))
-                try:
-                    self._reservation = await asyncio.shield(asyncio.wrap_future(asked))
-                except OutOfBlocks:
-                    if time.monotonic() > deadline:
-                        raise TransferFailed("no KV blocks became free in time") from None
-                    await asyncio.sleep(_RESERVE_RETRY_S)
-                except asyncio.CancelledError:
-                    asked.add_done_callback(self._undo_reserve)
-                    raise
-        self.state = HandoffState.RESERVED
-
-    def _undo_reserve(self, done: "Future[Reservation]") -> None:
-        if not done.cancelled() and done.exception() is None:
-            reservation = done.result()
-            self.host.call(lambda scheduler: scheduler.unreserve(reservation))
-
-    async def _read_all(self) -> None:
-        """Read what this worker's own cache lacks, block by block as P announces it (F2)."""
-        grant, reservation, peer = self._granted(), self._reserved(), self._linked()
-        rank = peer.layout.rank
-        total = len(grant.block_ids)
-        most = max(1, _READ_BYTES // rank.bytes_per_block)
-        done = reservation.num_hits
-        self.stats = HandoffStats(hit_blocks=done)
-        self._ready_tokens = max(self._ready_tokens, grant.ready_tokens)
-        while done < total:
-            await self._until(self._more_than(done), "P computed nothing in time")
-            ready = min(self._ready_blocks(), done + most)
-            local = reservation.blocks[done:ready]
-            regions = coalesce(grant.block_ids[done:ready], local, rank.bytes_per_block)
-            await self._read(
-                peer,
-                local,
-                list(slices(regions, rank.bytes_per_block)),
-                words=False,
-            )
-            done = ready
-
-    def _more_than(self, done: int) -> Callable[[], bool]:
-        return lambda: self._ready_blocks() > done
-
-    def _ready_blocks(self) -> int:
-        total = len(self.request.prompt_ids)
-        if self._ready_tokens >= total:
-            return blocks_for(total, self.block_size)
-        return self._ready_tokens // self.block_size
-
-    async def _verify(self) -> None:
-        """Compare the generations now with the claim's, after all data (F5, F7)."""
-        grant, reservation, peer = self._granted(), self._reserved(), self._linked()
-        first, end = reservation.num_hits, len(grant.block_ids)
-        if first == end:
-            return  # nothing was read
-        local = reservation.blocks[first:end]
-        self.landing[local] = 0  # no generation is 0: an unread word never matches
-        regions = coalesce(grant.block_ids[first:end], local, WORD_BYTES)
-        await self._read(peer, local, [regions], words=True)
-        self._raise_failure()
-        found = self.landing[local].tolist()
-        if found != list(grant.generations[first:end]):
-            changed = sum(a != b for a, b in zip(found, grant.generations[first:], strict=True))
-            raise FenceBroken(f"{changed} of {end - first} blocks changed hands while being read")
-
-    async def _read(
-        self, peer: Peer, local: list[int], pieces: Sequence[Sequence[Region]], *, words: bool
-    ) -> None:
-        posting = _Posting(tuple(local))
-        self._postings.append(posting)
-        self.state = HandoffState.READ
-        rank = peer.layout.rank
-        lease_s = self._granted().lease_ms / 1000
-        margin_s = lease_s / _REPEATS_BEATS
-        try:
-            async with asyncio.timeout(None) as self._reading:  # until `_fail`, if that comes first
-                result = await self.transfers.read(
-                    peer.handle,
-                    "words" if words else "kv",
-                    pieces,
-                    rank.words_region if words else rank.kv_region,
-                    deadline=time.monotonic() + self.read_timeout_s,
-                    lease_deadline=lambda: peer.link.acknowledged_at + lease_s - margin_s,
-                    on_terminal=lambda: self._terminal(posting),
-                )
-        except TimeoutError:
-            self._raise_failure()
-            raise
-        finally:
-            self._reading = None
-        if not words:
-            self.stats = HandoffStats(
-                self.stats.num_bytes + result.num_bytes,
-                self.stats.num_descriptors + result.num_descriptors,
-                self.stats.read_s + result.seconds,
-                self.stats.hit_blocks,
-            )
-
     async def _join(self) -> None:
-        reservation, first, guide = self._reserved(), self.first_tokens, self.guide
-        self._reservation = None  # the engine's from here on
-        self.state = HandoffState.RUN
-        adopted = self.host.call(lambda scheduler: scheduler.adopt(reservation, first, guide))
-        await asyncio.shield(asyncio.wrap_future(adopted))
-
-    # -- ends -------------------------------------------------------------------------------
-
-    def _release_peer(self) -> None:
-        if self._peer is not None:
-            self.peers.forget(self._peer, self.params.transfer_id)
-            self._peer.link.send(Release(self.params.transfer_id))
-            self._peer = None
-
-    def _give_back(self) -> None:
-        """Release on both sides; what may still be written is quarantined. Idempotent."""
-        self._release_peer()
-        if self.state is not HandoffState.RUN:
-            self.state = HandoffState.OVER
-        reservation, self._reservation = self._reservation, None
-        if reservation is None:
+        await self.prepared()
+        reservation, first, guide = self._reservation, self.first_tokens, self.guide
+        assert reservation is not None
+        assert self._joined is not None
+        if not reservation.pin():  # all was in the cache, so nothing was posted (M3)
+            raise TransferFailed("its memory was taken back")
+        if not self.machine.taken():
             return
-        in_flight: set[int] = set()
-        for posting in self._postings:
-            if not posting.terminal:
-                posting.quarantined = True
-                in_flight |= set(posting.blocks)
-        self.host.call(lambda scheduler: scheduler.unreserve(reservation, in_flight))
+        self._reservation = None
+        self.stats = replace(self.stats, hit_blocks=self.machine.hit_blocks)
+        self._joined(self)
+        adopted = self.tools.host.call(lambda s: s.adopt(reservation, first, guide))
+        try:
+            await asyncio.shield(asyncio.wrap_future(adopted))
+        except Exception as error:
+            self._do(self.machine.joined(error))
+            return
+        self._do(self.machine.joined())
 
-    def _terminal(self, posting: _Posting) -> None:
-        posting.terminal = True
-        if posting.quarantined:
-            self.host.call(lambda scheduler: scheduler.pool.unquarantine(posting.blocks))
 
-    # -- what P says ------------------------------------------------------------------------
-
-    def _on_message(self, message: TransferMessage | None) -> None:
-        match message:
-            case None:
-                self._fail(TransferFailed("the peer link is lost"))
-            case ClaimGranted():
-                self._grant = message
-                self._ready_tokens = max(self._ready_tokens, message.ready_tokens)
-                self.first_tokens = self.first_tokens or message.first_tokens
-            case ClaimDenied():
-                kind = ClaimRefused if message.kind == "ClaimRefused" else TransferGone
-                self._fail(kind(message.message))
-            case ChunkReady():
-                self._ready_tokens = max(self._ready_tokens, message.ready_tokens)
-            case FirstTokens():
-                self.first_tokens = message.tokens
-            case Revoked(reason="ended"):
-                self._fail(HandoffEnded())
-            case Revoked():
-                self._fail(TransferGone(f"P took the transfer back: {message.reason}"))
-        self._changed.set()
-
-    def _fail(self, error: Exception) -> None:
-        if self._failure is None:
-            self._failure = error
-            if self._reading is not None:  # nobody waits for bytes that are worth nothing
-                self._reading.reschedule(0)
-
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise self._failure
-
-    async def _until(self, condition: Callable[[], bool], late: str) -> None:
-        """Wait for a message that makes `condition` true; P shows life by beats meanwhile."""
-        silent_since = time.monotonic()
-        seen = self._ready_tokens
-        while True:
-            self._raise_failure()
-            if condition():
-                return
-            self._changed.clear()
-            link = self._linked().link
-            alive_at = max(silent_since, link.acknowledged_at)
-            limit_s = alive_at + self.read_timeout_s - time.monotonic()
-            if limit_s <= 0:
-                raise TransferFailed(late)
-            try:
-                async with asyncio.timeout(limit_s):
-                    await self._changed.wait()
-            except TimeoutError:
-                continue
-            if self._ready_tokens != seen:
-                seen, silent_since = self._ready_tokens, time.monotonic()
-
-    def _granted(self) -> ClaimGranted:
-        assert self._grant is not None
-        return self._grant
-
-    def _reserved(self) -> Reservation:
-        assert self._reservation is not None
-        return self._reservation
-
-    def _linked(self) -> Peer:
-        assert self._peer is not None
-        return self._peer
+def _denial(message: ClaimDenied) -> HandoffError:
+    """P's refusal; whether the params' bearer is to blame is in its kind."""
+    if message.kind == "ClaimRefused":
+        return ClaimDeniedByP(ClaimRefused(message.message))
+    if message.kind == "TransferGone":
+        return ClaimDeniedByP(TransferGone(message.message))
+    return TransferFailed(message.message)

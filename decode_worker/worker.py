@@ -7,6 +7,7 @@ events. Handlers are idempotent (protocol notes, section 8).
 import asyncio
 import logging
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -31,11 +32,17 @@ from contracts.handoff import PeerHello
 from contracts.ids import Incarnation, RequestId, new_incarnation
 from contracts.request import GenerationRequest
 from contracts.worker import WorkerAddress, WorkerConfig, WorkerInfo
-from decode_worker.handoff import Handoff, HandoffEnded, NotPrepared
+from decode_worker.handoff import ClaimDeniedByP, Handoff, HandoffTools, NotPrepared
+from decode_worker.health import QuarantineWatch
+from decode_worker.machine import AbortedAtP, HandoffEnded
 from decode_worker.peers import PeerTable
+from decode_worker.quarantine import Quarantine
+from decode_worker.totals import HandoffTotals
 from decode_worker.turns import Line
+from engine.audit import Known
 from engine.guide import Guide
 from engine.host import EngineHost, needs_guide
+from engine.overdue import Overdue, start_housekeeping
 from engine.preparations import Preparations
 from engine.scheduler import EngineEvent
 from engine.sequence import Progress, Started, blocks_for
@@ -52,6 +59,9 @@ from rpc.session_server import SessionSink
 log = logging.getLogger(__name__)
 
 Key = tuple[RequestId, int]  # request and attempt
+_ABORT_COMES_S = 0.25
+_TAKE_ANEW = "take the first step again, or send the request without kv_transfer_params"
+_CLOSE_STEP_S = 1.0
 
 
 @dataclass(slots=True, eq=False)
@@ -62,21 +72,10 @@ class _Decode:
     sink: SessionSink
     path: str
     handoff: "asyncio.Task[None] | None" = None
+    pull: Handoff | None = None  # what that task drives
     need_blocks: int = 0  # promised at Adopt, until reserved or given up
     num_finished: int = 0
     started: bool = False  # told so; a replay of several choices starts several sequences
-
-
-@dataclass(slots=True)
-class HandoffTotals:
-    """Counters over this worker's life."""
-
-    adopted: int = 0
-    recomputed: int = 0
-    num_bytes: int = 0
-    num_descriptors: int = 0
-    read_s: float = 0.0
-    hit_blocks: int = 0
 
 
 class DecodeWorker:
@@ -89,12 +88,16 @@ class DecodeWorker:
         self._requests: dict[Key, _Decode] = {}
         self._transfers: TransferThread | None = None
         self._peers: PeerTable | None = None
+        self._tools: HandoffTools | None = None
+        self._quarantine = Quarantine(self._unquarantine)
+        self._watch = QuarantineWatch(self._quarantine, limit_s=config.quarantine_ms / 1000)
+        self._housekeeper: asyncio.Task[None] | None = None
         self._server: RpcServer | None = None
+        self._overdue = Overdue[Key]()
         self._reserving = Line()  # handoffs reserve one after the other
         self._preparations = Preparations(self._host, config.max_waiting)
-        self._draining = False
+        self._stopping = False
         self.totals = HandoffTotals()
-        self.recompute_causes: dict[str, int] = {}
 
     # -- life -------------------------------------------------------------------------------
 
@@ -106,8 +109,8 @@ class DecodeWorker:
         name = f"{self._config.worker_id}-{self._incarnation:x}"
         self._transfers = TransferThread(lambda: NixlConnector(name))
         await self._transfers.start()
-        self._landing = np.zeros(parts.cache.num_blocks, dtype=np.uint64)
-        words = MemoryRegion(int(self._landing.ctypes.data), int(self._landing.nbytes))
+        landing = np.zeros(parts.cache.num_blocks, dtype=np.uint64)
+        words = MemoryRegion(int(landing.ctypes.data), int(landing.nbytes))
         await self._transfers.register(layout.rank.kv_region, words)
         hello = PeerHello(
             incarnation=self._incarnation,
@@ -117,42 +120,56 @@ class DecodeWorker:
             agent_metadata=await self._transfers.agent_metadata(),
         )
         self._peers = PeerTable(hello, self._config.cluster_key, self._transfers)
+        self._tools = HandoffTools(
+            host=self._host,
+            peers=self._peers,
+            transfers=self._transfers,
+            quarantine=self._quarantine,
+            landing=landing,
+            line=self._reserving,
+            block_size=self._config.block_size,
+            read_timeout_s=self._config.read_timeout_ms / 1000,
+        )
         self._info = self._host.info(self._semantic_hash)
+        self._housekeeper = start_housekeeping(
+            lambda: self._overdue.tell(self._expire), self._judge_quarantine
+        )
         self._server = await RpcServer.start(
             self._config.host,
             self._config.port,
             cluster_key=self._config.cluster_key,
             worker=self,
         )
-        return WorkerAddress(
-            self._config.worker_id,
-            self._config.role,
-            f"{self._config.host}:{self._server.port}",
-            self._incarnation,
-        )
+        return self._config.address(self._server.port, self._incarnation)
 
     def assert_pulse(self) -> None:
-        """Raise EngineFailure if the engine thread is dead or stuck."""
+        """Raise EngineFailure if the engine is dead or stuck, or too much memory is (Q2)."""
         self._host.engine.assert_pulse()
+        self._watch.check(len(self._requests))
 
     async def drain(self, timeout_s: float) -> None:
         """Admit nothing more; return when nothing runs, or after `timeout_s`."""
-        self._draining = True
+        self._stopping = True
         deadline = time.monotonic() + timeout_s
         while self._requests and time.monotonic() < deadline:  # noqa: ASYNC110 - bounded, rare
             await asyncio.sleep(0.02)
 
     async def close(self) -> None:
         """End everything. Idempotent; accepts a worker that never started."""
-        self._draining = True
+        self._stopping = True
+        if self._housekeeper is not None:
+            self._housekeeper.cancel()
+            await asyncio.gather(self._housekeeper, return_exceptions=True)
+            self._housekeeper = None
         handoffs = [d.handoff for d in self._requests.values() if d.handoff is not None]
         for key in list(self._requests):
             self.abort(*key)
-        await asyncio.gather(*handoffs, return_exceptions=True)
-        await self._preparations.close()
-        if self._server is not None:
+        if self._server is not None:  # first: nobody waits for an engine that is stuck
             await self._server.stop(0.5)
             self._server = None
+        if handoffs:
+            await asyncio.wait(handoffs, timeout=_CLOSE_STEP_S)
+        await self._preparations.close()
         if self._peers is not None:
             await self._peers.close()
             self._peers = None
@@ -197,8 +214,7 @@ class DecodeWorker:
 
     def adopt(self, request: GenerationRequest, kv_transfer_params: str, sink: SessionSink) -> None:
         """Accept or refuse a handoff at once (M6), then pull it while P computes."""
-        assert self._peers is not None
-        assert self._transfers is not None
+        assert self._tools is not None
         params = decode_and_verify(kv_transfer_params, self._config.cluster_key, HANDOFF_SCOPE)
         if params.semantic_hash != self._semantic_hash:
             raise ClaimRefused("P serves another model, or the same one otherwise")
@@ -211,19 +227,9 @@ class DecodeWorker:
             return
         decode = self._admit(request, sink, "remote")
         decode.need_blocks = self._need(request)
-        handoff = Handoff(
-            request=request,
-            params=params,
-            digest=digest,
-            host=self._host,
-            peers=self._peers,
-            transfers=self._transfers,
-            landing=self._landing,
-            line=self._reserving,
-            block_size=self._config.block_size,
-            read_timeout_s=self._config.read_timeout_ms / 1000,
-        )
+        handoff = Handoff(request, params, digest, self._tools)
         sink.send([Adopted(request.request_id, request.attempt, True)])
+        decode.pull = handoff
         decode.handoff = asyncio.create_task(self._pull(decode, handoff), name="baton-handoff")
 
     def abort(self, request_id: RequestId, attempt: int) -> None:
@@ -244,30 +250,48 @@ class DecodeWorker:
 
     def status(self) -> dict[str, object]:
         """For people and tests."""
-        totals = self.totals
-        rate = totals.num_bytes / totals.read_s / 1e9 if totals.read_s else 0.0
         return self._host.status() | {
             "role": str(self._config.role),
             "worker_id": self._config.worker_id,
             "incarnation": self._incarnation,
             "requests": len(self._requests),
-            "handoffs": {
-                "adopted": totals.adopted,
-                "recomputed": totals.recomputed,
-                "recompute_causes": dict(self.recompute_causes),
-                "num_bytes": totals.num_bytes,
-                "num_descriptors": totals.num_descriptors,
-                "read_s": totals.read_s,
-                "gigabytes_per_s": rate,
-                "hit_blocks": totals.hit_blocks,
-            },
+            "draining": self._draining,
+            "peers": self._peers.num_open if self._peers else 0,
+            "quarantine_s": round(self._quarantine.oldest_s, 3),
+            "handoffs": self.totals.status(),
         }
+
+    async def audit(self) -> list[str]:
+        """See EngineHost.audit."""
+
+        def known() -> Known:
+            pulls = [d.pull for d in self._requests.values() if d.pull is not None]
+            held = frozenset(p.reservation for p in pulls if p.reservation is not None)
+            return Known(frozenset(self._requests), Counter(), self._quarantine.blocks(), held)
+
+        return await self._host.audit(known)
 
     # -- inside -----------------------------------------------------------------------------
 
+    @property
+    def _draining(self) -> bool:
+        return self._stopping or self._watch.draining
+
+    def _unquarantine(self, blocks: tuple[int, ...]) -> None:
+        self._host.call(lambda scheduler: scheduler.pool.unquarantine(blocks))
+
+    def _judge_quarantine(self) -> None:
+        if self._watch.look(self._host.parts.cache.num_blocks):
+            log.error("reads that do not end; draining: %s", self._watch.draining)
+
+    def _expire(self, key: Key) -> None:
+        if decode := self._requests.get(key):
+            self.abort(*key)
+            decode.sink.send([failed(*key, Unavailable("the request's deadline has passed"))])
+
     def _need(self, request: GenerationRequest) -> int:
-        prompt = len(request.prompt_ids) + 1
-        return blocks_for(prompt, self._config.block_size) + request.params.n - 1
+        size = self._config.block_size
+        return blocks_for(len(request.prompt_ids) + 1, size) + request.params.n - 1
 
     def _refusal(self, request: GenerationRequest) -> str:
         """Why this D cannot take a handoff now; empty if it can (M6)."""
@@ -294,6 +318,7 @@ class DecodeWorker:
         self._host.parts.scheduler.check_fits(request)
         decode = _Decode(request, sink, path, num_finished=len(request.finished))
         self._requests[key] = decode
+        self._overdue.add(key, request.deadline_s)
         return decode
 
     def _add(self, request: GenerationRequest, guide: Guide | None) -> None:
@@ -322,11 +347,19 @@ class DecodeWorker:
                 await handoff.run(lambda done: self._joined(decode, done))
             except NotPrepared:
                 raise
+            except ClaimDeniedByP as error:
+                if request.redraw and not request.attempt:  # whoever brought them must hear it
+                    self._fail(key, type(error.cause)(f"{error.cause}; {_TAKE_ANEW}"))
+                else:
+                    await self._recompute(decode, handoff, error.cause)
+            except AbortedAtP as error:
+                await asyncio.sleep(_ABORT_COMES_S)  # the router's to D, too, as a rule
+                await self._recompute(decode, handoff, TransferGone(str(error)))
             except HandoffEnded:
                 if not request.redraw:
                     self._requests.pop(key, None)
                     return
-                # P's own token 1 ended it, which says nothing of the one drawn here.
+                # P's own token 1 says nothing of the one drawn here.
                 await self._recompute(decode, handoff, TransferGone("P took it back: ended"))
             except Exception as error:
                 if not isinstance(error, ServingError):
@@ -338,17 +371,13 @@ class DecodeWorker:
             log.exception("request %s: the recompute could not begin", request.request_id)
             self._fail(key, error)
         finally:
-            decode.handoff = None
+            decode.handoff = decode.pull = None
             decode.need_blocks = 0
             await handoff.close()
 
     def _joined(self, decode: _Decode, handoff: Handoff) -> None:
-        request, stats, totals = decode.request, handoff.stats, self.totals
-        totals.adopted += 1
-        totals.num_bytes += stats.num_bytes
-        totals.num_descriptors += stats.num_descriptors
-        totals.read_s += stats.read_s
-        totals.hit_blocks += stats.hit_blocks
+        request, stats = decode.request, handoff.stats
+        self.totals.add_joined(stats)
         taken = PathTaken(
             request.request_id,
             request.attempt,
@@ -364,8 +393,7 @@ class DecodeWorker:
     async def _recompute(self, decode: _Decode, handoff: Handoff, error: Exception) -> None:
         """The handoff failed: compute the prompt here, going on from token 1 if it is known."""
         cause = type(error).__name__
-        self.totals.recomputed += 1
-        self.recompute_causes[cause] = self.recompute_causes.get(cause, 0) + 1
+        self.totals.add_recomputed(cause)
         request = decode.request
         log.warning("request %s: recomputing (%s: %s)", request.request_id, cause, error)
         decode.path = "recomputed"
@@ -388,7 +416,7 @@ class DecodeWorker:
 
     def _on_engine_failure(self, error: BaseException) -> None:
         """Fail all requests: none of them will get another token here."""
-        self._draining = True
+        self._stopping = True
         failure = EngineFailure(f"the engine failed: {type(error).__name__}")
         for key, decode in list(self._requests.items()):
             if decode.handoff is not None:

@@ -1,5 +1,7 @@
 """The free blocks, kept as runs of neighbours, so that a prompt gets few runs (few descriptors)."""
 
+from collections.abc import Iterator
+
 
 class FreeRuns:
     """Disjoint, non-touching runs [start, start + length) of free blocks."""
@@ -14,6 +16,11 @@ class FreeRuns:
 
     def __len__(self) -> int:
         return self._total
+
+    def __iter__(self) -> Iterator[int]:
+        """The free blocks, in no order."""
+        for start, length in self._length_at.items():
+            yield from range(start, start + length)
 
     def _add_run(self, start: int, length: int) -> None:
         self._length_at[start] = length

@@ -1,6 +1,6 @@
 """Handoffs arriving at a D: blocks reserved for them, and how they become sequences."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from contracts.errors import OutOfBlocks
 from contracts.events import TokensOut
@@ -21,9 +21,19 @@ class Handoffs:
         self._block_size = block_size
         self._prefix_caching = prefix_caching
         self.arriving = 0
+        self.open: list[Reservation] = []  # oldest first
+        roster.relief = self.reclaim_youngest
 
-    def reserve(self, request: GenerationRequest, keys: list[bytes]) -> Reservation:
+    def reserve(
+        self,
+        request: GenerationRequest,
+        keys: list[bytes],
+        on_reclaimed: Callable[[], None] | None = None,
+    ) -> Reservation:
         """Reserve all that an arriving handoff needs (M2), outside the growth headroom (M3).
+
+        `on_reclaimed` is called, in the engine's thread, if it is taken back before use. Without
+        it, it is not.
 
         Raises:
             OutOfBlocks: nothing was reserved.
@@ -48,11 +58,29 @@ class Handoffs:
             raise
         spare = pool.reserve(spare_count) if spare_count else []
         self.arriving += request.params.n
-        return Reservation(request, hits + fresh, len(hits), spare, keys)
+        reservation = Reservation(request, hits + fresh, len(hits), spare, keys, on_reclaimed)
+        self.open.append(reservation)
+        return reservation
+
+    def reclaim_youngest(self) -> bool:
+        """Take the youngest reservation back that nothing was posted into (M3)."""
+        for reservation in reversed(self.open):
+            if reservation.on_reclaimed is not None and reservation.reclaim():
+                self._close(reservation)
+                self._pool.unreserve(reservation.blocks + reservation.spare)
+                reservation.on_reclaimed()
+                return True
+        return False
+
+    def _close(self, reservation: Reservation) -> None:
+        self.open.remove(reservation)
+        self.arriving -= reservation.request.params.n
 
     def unreserve(self, reservation: Reservation, in_flight: Iterable[int]) -> None:
         """Give a reservation up; blocks in `in_flight` may still be written and are quarantined."""
-        self.arriving -= reservation.request.params.n
+        if reservation.reclaimed:
+            return
+        self._close(reservation)
         posted = set(in_flight)
         every = reservation.blocks + reservation.spare
         self._pool.quarantine([b for b in every if b in posted])
@@ -67,7 +95,7 @@ class Handoffs:
     ) -> list[TokensOut]:
         """Start sequences from verified blocks; what is to be told if they are over already."""
         request = reservation.request
-        self.arriving -= request.params.n
+        self._close(reservation)
         self._pool.adopt(reservation.blocks)
         self._pool.adopt(reservation.spare)
         num_computed = len(request.prompt_ids) - request.redraw

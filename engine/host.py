@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -19,6 +19,7 @@ from contracts.request import GenerationRequest
 from contracts.sampling import SamplingParams
 from contracts.worker import WorkerConfig, WorkerInfo
 from engine.attention.select import select_backend
+from engine.audit import Finding, Known, lines
 from engine.block_pool import BlockPool, Ledger
 from engine.generations import GenerationWords
 from engine.grammar import GrammarCompiler
@@ -33,6 +34,11 @@ from engine.runner import ModelRunner
 from engine.sampler import prompt_scores, sample
 from engine.sampling_state import SamplingStates
 from engine.scheduler import EngineEvent, Scheduler, SchedulerConfig
+
+_LOOKS = 3
+_BETWEEN_LOOKS_S = 0.05
+_PAUSE_S = 0.5  # at most; usually one turn of the event loop
+_QUIET_TRIES = 20
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -57,6 +63,10 @@ class ModelComputer:
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
         self._states = SamplingStates()
+
+    def forget(self, sequences: Sequence[int]) -> None:
+        """Drop what is kept for their draws."""
+        self._states.drop(sequences)
 
     def compute(self, plan: StepPlan) -> StepResult:
         """Draws and scores, in plan order; returns when the device has finished."""
@@ -191,6 +201,7 @@ class EngineHost:
         self._engine: Engine | None = None
         self._parts: EngineParts | None = None
         self._grammars: GrammarCompiler | None = None
+        self._auditing = asyncio.Lock()
 
     async def start(
         self,
@@ -270,6 +281,41 @@ class EngineHost:
         """Count the blocks by state, between two steps."""
         return await asyncio.wrap_future(self.call(lambda scheduler: scheduler.pool.ledger()))
 
+    async def audit(self, known: Callable[[], Known]) -> list[str]:
+        """Recount all blocks, and find those that are held for nobody; empty if all is well.
+
+        `known` tells what the worker knows at the moment of the call; it is called on the event
+        loop. Engine and worker hear of each other's doings with a delay, so both must be looked
+        at in the same moment: while the engine makes no step, the loop gets all its events, then
+        `known` is made and sent in the same turn of the loop, behind every command that went
+        before. What is left (a reservation on its way to the handoff that asked for it) is gone
+        at another look; a finding counts if each of several looks finds it.
+
+        Raises:
+            EngineFailure: the engine has stopped.
+            Overloaded: there was no moment for it.
+        """
+        async with self._auditing:
+            found = await self._look(known)
+            for _ in range(_LOOKS - 1):
+                if not found:
+                    break
+                await asyncio.sleep(_BETWEEN_LOOKS_S)
+                found &= await self._look(known)
+        return lines(found)
+
+    async def _look(self, known: Callable[[], Known]) -> set[Finding]:
+        for _ in range(_QUIET_TRIES):
+            step = await asyncio.wrap_future(self.engine.pause(_PAUSE_S))
+            try:
+                asked = self.engine.audit(step, known())
+            finally:
+                self.engine.resume()
+            found = await asyncio.wrap_future(asked)
+            if found is not None:
+                return found
+        raise Overloaded("the worker is too busy for an audit")
+
     def info(self, semantic_hash: str) -> WorkerInfo:
         """The worker's Hello."""
         parts, config = self.parts, self._config
@@ -290,11 +336,12 @@ class EngineHost:
         )
 
     def status(self) -> dict[str, object]:
-        """Counters, and the ledger as of now: read without stopping the engine."""
-        scheduler = self.parts.scheduler
-        ledger = scheduler.pool.ledger()
+        """Counters and the ledger after the last step: read without stopping the engine."""
+        scheduler, load = self.parts.scheduler, self.engine.load
+        states = {state: getattr(load, state) for state in Ledger.STATES}
+        ledger = Ledger(load.total_blocks, **states)
         return {
-            "ledger": {name: getattr(ledger, name) for name in Ledger.__slots__},
+            "ledger": {"total": ledger.total, **states},
             "balanced": ledger.balanced,
             "idle": ledger.idle,
             "steps": self.engine.steps,

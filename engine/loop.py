@@ -4,12 +4,14 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Protocol, TypeVar
 
 from contracts.errors import EngineFailure
 from contracts.events import WorkerLoad
+from engine.audit import Finding, Known
+from engine.block_pool import LedgerFault
 from engine.plan import StepPlan, StepResult
 from engine.scheduler import EngineEvent, Scheduler
 
@@ -26,12 +28,20 @@ class StepComputer(Protocol):
         """Compute one step."""
         ...
 
+    def forget(self, sequences: Sequence[int]) -> None:
+        """These (Chunk.sequence) are over; what is kept for them may go."""
+        ...
+
 
 class Engine:
     """Runs a scheduler and a computer in one thread.
 
     `on_events` is called in the engine thread after every step that has something to tell,
     `on_failure` if that thread dies of an error: no request of it will say anything more.
+
+    The ledger is verified whenever there is something to tell, and before it is told. A pool that
+    contradicts itself ends the engine (LedgerFault), also if a command finds it so. With
+    `check_ledger` every block is looked at each time.
     """
 
     def __init__(
@@ -52,6 +62,7 @@ class Engine:
         self._wake = threading.Condition()
         self._stopping = False
         self._failure: BaseException | None = None
+        self._paused_until = 0.0  # the thread's own
         self._pulse_s = time.monotonic()
         self._load = scheduler.load()
         self.steps = 0
@@ -82,8 +93,14 @@ class Engine:
         def run() -> None:
             if not future.set_running_or_notify_cancel():
                 return
+            if self._failure is not None:  # it may have died within a step
+                future.set_exception(EngineFailure("the engine has failed"))
+                return
             try:
                 future.set_result(function(self._scheduler))
+            except LedgerFault as fault:
+                future.set_exception(fault)
+                raise
             except BaseException as error:
                 future.set_exception(error)
 
@@ -94,6 +111,36 @@ class Engine:
             self._commands.append(run)
             self._wake.notify()
         return future
+
+    def pause(self, limit_s: float) -> "Future[int]":
+        """Make no step until `resume`, for `limit_s` at most; commands still run.
+
+        Once it resolves on an event loop, that loop has been handed all events so far. The result
+        is the number of the last step, see `audit`.
+        """
+
+        def pause(scheduler: Scheduler) -> int:
+            self._paused_until = time.monotonic() + limit_s
+            return scheduler.step
+
+        return self.call(pause)
+
+    def resume(self) -> None:
+        """End the pause."""
+
+        def resume(scheduler: Scheduler) -> None:
+            self._paused_until = 0.0
+
+        self.call(resume)
+
+    def audit(self, step: int, known: Known) -> "Future[set[Finding] | None]":
+        """What is wrong with the blocks; None if `step` is not the last step any more.
+
+        `known` is what the commander knows after all events up to `step`, with its own commands.
+        """
+        return self.call(
+            lambda scheduler: scheduler.audit(known) if scheduler.step == step else None
+        )
 
     def assert_pulse(self, limit_s: float = 60.0) -> None:
         """Raise EngineFailure if the thread has died or not come round for `limit_s`."""
@@ -122,12 +169,13 @@ class Engine:
         with self._wake:
             if self._stopping:
                 return False
-            if not self._commands and not self._scheduler.has_work:
-                self._wake.wait(_IDLE_WAIT_S)
-            commands = [self._commands.popleft() for _ in range(len(self._commands))]
-        for command in commands:
-            command()
-        if self._scheduler.has_work:
+            paused_s = self._paused_until - time.monotonic()
+            if not self._commands and (paused_s > 0 or not self._scheduler.has_work):
+                self._wake.wait(min(paused_s, _IDLE_WAIT_S) if paused_s > 0 else _IDLE_WAIT_S)
+            commands = len(self._commands)
+        for _ in range(commands):  # one that ends the engine leaves the others to be refused
+            self._commands.popleft()()
+        if self._scheduler.has_work and time.monotonic() >= self._paused_until:
             self._step()
         elif commands:
             self._publish()
@@ -150,16 +198,29 @@ class Engine:
         self._publish()
 
     def _publish(self) -> None:
-        self._load = self._scheduler.load()
+        pool = self._scheduler.pool
+        pool.verify()
         if self._check_ledger:
-            self._scheduler.pool.check()
+            pool.check()
+        over = self._scheduler.take_over()
+        if over:
+            self._computer.forget(over)
+        self._load = self._scheduler.load()
         events = self._scheduler.take_events()
         if events:
             self._on_events(events)
 
     def _run_last_commands(self) -> None:
-        """Nobody waits for ever: those asked for before the end still run, later ones fail."""
+        """Nobody waits for ever: those asked for before the end still run, later ones fail.
+
+        After a failure all of them fail.
+        """
         with self._wake:
             self._stopping = True
             while self._commands:
-                self._commands.popleft()()
+                try:
+                    self._commands.popleft()()
+                except LedgerFault:
+                    log.exception("the engine stopped with a broken ledger")
+            if self._failure is None:
+                self._load = self._scheduler.load()

@@ -1,6 +1,7 @@
 """Which sequences wait and which run, and how they come by their blocks and lose them."""
 
 from bisect import insort
+from collections.abc import Callable
 
 from contracts.errors import OutOfBlocks
 from contracts.request import GenerationRequest
@@ -22,9 +23,11 @@ class Roster:
         self.running: list[Sequence] = []
         self.by_key: dict[int, Sequence] = {}
         self.preemptions = 0
+        self.relief: Callable[[], bool] = lambda: False  # frees blocks nobody uses yet (M3)
         self._block_size = block_size
         self._prefix_caching = prefix_caching
         self._copies: list[tuple[int, int]] = []  # (source, target); the source is pinned
+        self._over: list[int] = []  # keys of those that have ended
         self._next_key = 0
         self._next_arrival = 0
 
@@ -68,6 +71,12 @@ class Roster:
         self.detach(seq)
         self._free(seq)
         del self.by_key[seq.key]
+        self._over.append(seq.key)
+
+    def take_over_keys(self) -> list[int]:
+        """Keys of the sequences that have ended since the last call."""
+        over, self._over = self._over, []
+        return over
 
     # -- blocks -----------------------------------------------------------------------------
 
@@ -105,6 +114,8 @@ class Roster:
             try:
                 seq.block_ids += self.pool.allocate(1, seq.block_ids[-1])
             except OutOfBlocks:
+                if self.relief():
+                    continue
                 victim = max(
                     (s for s in self.running if not s.export), key=lambda s: s.order, default=seq
                 )
@@ -180,6 +191,10 @@ class Roster:
         """The copies (source, target) that the next step must make; `copied` ends them."""
         copies, self._copies = tuple(self._copies), []
         return copies
+
+    def copy_sources(self) -> list[int]:
+        """The blocks pinned for copies that no step has taken yet."""
+        return [source for source, _ in self._copies]
 
     def copied(self, copies: tuple[tuple[int, int], ...]) -> None:
         """They are made."""

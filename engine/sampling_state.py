@@ -2,7 +2,7 @@
 
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -156,6 +156,7 @@ class SamplingStates:
     def __init__(self, limit: int = 4096) -> None:
         self._limit = limit
         self._states: OrderedDict[tuple[int, int], SamplingState] = OrderedDict()
+        self._choices: dict[int, set[int]] = {}  # of each sequence
 
     def __len__(self) -> int:
         return len(self._states)
@@ -173,16 +174,27 @@ class SamplingStates:
         else:
             state = SamplingState(slot, vocab_size, device)
         self._states[key] = state
+        self._choices.setdefault(slot.sequence, set()).add(slot.choice)
         return state
 
     def forget(self, sequence: int, choice: int) -> None:
         """Drop one state, if there is one."""
-        self._states.pop((sequence, choice), None)
+        if self._states.pop((sequence, choice), None) is not None:
+            self._choices[sequence].discard(choice)
+
+    def drop(self, sequences: Iterable[int]) -> None:
+        """Drop all states of sequences that are over."""
+        for sequence in sequences:
+            for choice in self._choices.pop(sequence, ()):
+                self._states.pop((sequence, choice), None)
 
     def trim(self) -> None:
         """Drop the least recently used beyond the limit."""
         while len(self._states) > self._limit:
-            self._states.popitem(last=False)
+            (sequence, choice), _ = self._states.popitem(last=False)
+            self._choices[sequence].discard(choice)
+            if not self._choices[sequence]:
+                del self._choices[sequence]
 
 
 def _inside(ids: Sequence[int], vocab_size: int) -> Ids:

@@ -1,6 +1,6 @@
 """Decides what the next step computes, and moves sequences when it is done. No torch in here."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from contracts.errors import EngineFailure, InvalidRequest, OutOfBlocks, Overloaded
@@ -14,6 +14,7 @@ from contracts.events import (
 )
 from contracts.ids import RequestId
 from contracts.request import GenerationRequest
+from engine.audit import Finding, Known, audit
 from engine.beam_group import BeamGroup, told
 from engine.beams import BeamSearch
 from engine.block_pool import BlockPool
@@ -90,6 +91,11 @@ class Scheduler:
         return self._blocked and bool(self._roster.waiting)
 
     @property
+    def step(self) -> int:
+        """How many steps were planned."""
+        return self._step
+
+    @property
     def preemptions(self) -> int:
         """How often a running sequence lost its blocks."""
         return self._roster.preemptions
@@ -97,6 +103,7 @@ class Scheduler:
     def load(self) -> WorkerLoad:
         """Queue and memory, for routers."""
         waiting, running = self._roster.waiting, self._roster.running
+        ledger = self.pool.ledger()
         return WorkerLoad(
             step=self._step,
             waiting=len(waiting),
@@ -104,8 +111,20 @@ class Scheduler:
             waiting_tokens=sum(s.remaining for s in waiting)
             + sum(s.remaining for s in running if s.remaining > 1),
             free_blocks=self.pool.available,
-            total_blocks=self.pool.total,
+            total_blocks=ledger.total,
+            free=ledger.free,
+            cached=ledger.cached,
+            owned=ledger.owned,
+            leased=ledger.leased,
+            reserved=ledger.reserved,
+            quarantined=ledger.quarantined,
         )
+
+    def audit(self, known: Known) -> set[Finding]:
+        """Recount all blocks and ask for whom each is held; between two steps only."""
+        roster = self._roster
+        sequences = list(roster.by_key.values())
+        return audit(self.pool, sequences, roster.copy_sources(), self._handoffs.open, known)
 
     def check_fits(self, request: GenerationRequest) -> None:
         """Raise InvalidRequest if this engine can never hold the request."""
@@ -164,10 +183,16 @@ class Scheduler:
 
     # -- handoffs arriving at a D -----------------------------------------------------------
 
-    def reserve(self, request: GenerationRequest, keys: list[bytes] | None = None) -> Reservation:
+    def reserve(
+        self,
+        request: GenerationRequest,
+        keys: list[bytes] | None = None,
+        on_reclaimed: Callable[[], None] | None = None,
+    ) -> Reservation:
         """Reserve all that an arriving handoff needs (M2), outside the growth headroom (M3).
 
         `keys`: whoever tries again passes the same list, so that the prompt is hashed once.
+        `on_reclaimed`: see Handoffs.reserve.
 
         Raises:
             OutOfBlocks: nothing was reserved: no blocks, no place among the running, or the head
@@ -182,7 +207,7 @@ class Scheduler:
         )
         if full or starving:
             raise OutOfBlocks(blocks_for(len(request.prompt_ids) + 1, self.config.block_size), 0)
-        return self._handoffs.reserve(request, [] if keys is None else keys)
+        return self._handoffs.reserve(request, [] if keys is None else keys, on_reclaimed)
 
     def unreserve(self, reservation: Reservation, in_flight: Iterable[int] = ()) -> None:
         """Give a reservation up; blocks in `in_flight` may still be written and are quarantined."""
@@ -244,6 +269,10 @@ class Scheduler:
             chunks.append(self._chunk(seq, budget.take(seq)))
         waits = no_room and head is not None and head in roster.waiting[:1]
         self._head_waits = self._head_waits + 1 if waits else 0
+
+    def take_over(self) -> list[int]:
+        """Sequences that are over since the last call, by key."""
+        return self._roster.take_over_keys()
 
     def take_events(self) -> list[EngineEvent]:
         """What happened since the last call."""

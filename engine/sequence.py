@@ -1,6 +1,8 @@
 """One sequence of tokens with its KV blocks, and what a handoff reserves for one."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import TYPE_CHECKING
 
 from contracts.events import TokenLogprob
@@ -95,6 +97,29 @@ class Reservation:
     num_hits: int
     spare: list[int]
     block_keys: list[bytes]
+    on_reclaimed: Callable[[], None] | None = None
+    _lock: Lock = field(default_factory=Lock)
+    _pinned: bool = False
+    _reclaimed: bool = False
+
+    def pin(self) -> bool:
+        """Its holder is about to use it; False: the engine has taken it back. Any thread."""
+        with self._lock:
+            self._pinned = not self._reclaimed
+            return self._pinned
+
+    def reclaim(self) -> bool:
+        """The engine takes it back; False: it is in use, or has been taken back before (M3)."""
+        with self._lock:
+            if self._pinned or self._reclaimed:
+                return False
+            self._reclaimed = True
+            return True
+
+    @property
+    def reclaimed(self) -> bool:
+        """Whether the engine has taken it back."""
+        return self._reclaimed
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,10 +18,12 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from contracts.errors import ClaimRefused, TransferGone
+from contracts.errors import ClaimRefused, TransferFailed, TransferGone
 from contracts.events import TokensOut
 from contracts.handoff import ClaimGranted
 from contracts.ids import BlockId, TransferId
+
+_OUR_FAULT = frozenset({"pressure", "failed", "aborted", "closing"})  # reasons of P, not of D
 
 Generations = Callable[[Sequence[BlockId]], Sequence[int]]
 
@@ -144,13 +146,15 @@ class ExportTable:
 
         Raises:
             TransferGone: the transfer is over or was never here.
+            TransferFailed: it is over because this P gave it up.
             ClaimRefused: it is claimed with another nonce, or the digest differs. Nothing
                 has changed.
         """
         record = self._live.get(transfer_id)
         if record is None:
             reason = self._tombstones.get(transfer_id, ("unknown", 0.0))[0]
-            raise TransferGone(f"transfer {transfer_id}: {reason}")
+            kind = TransferFailed if reason in _OUR_FAULT else TransferGone
+            raise kind(f"transfer {transfer_id}: {reason}")
         if prompt_digest != record.prompt_digest:
             raise ClaimRefused(
                 f"prompt digest of transfer {transfer_id}: here {record.prompt_digest}, "
@@ -208,9 +212,31 @@ class ExportTable:
         ends = [self._end(transfer_id, "expired") for transfer_id in over]
         return [end for end in ends if end is not None]
 
-    def unclaimed(self) -> list[TransferId]:
-        """Live transfers that nobody has claimed, oldest first: the first to revoke (L6)."""
-        return [record.transfer_id for record in self._live.values() if record.nonce is None]
+    def reading(self, transfer_id: TransferId, claimer: Hashable) -> None:
+        """Its claimer has begun to read (L6)."""
+        record = self._live.get(transfer_id)
+        if record is not None and record.claimer == claimer:
+            record.reading = True
+
+    def revocable(self) -> list[TransferId]:
+        """Complete transfers that nobody reads, in the order in which to revoke them (L6).
+
+        Those that nobody has claimed first, then those whose D waits for memory; oldest first.
+        """
+        idle = [
+            record
+            for record in self._live.values()
+            if record.state is ExportState.READY and not record.reading
+        ]
+        idle.sort(key=lambda record: record.nonce is not None)
+        return [record.transfer_id for record in idle]
+
+    def is_claimer(self, transfer_id: TransferId, claimer: Hashable, nonce: str) -> bool:
+        """Whether a message over `claimer` with that nonce is from whoever claimed it (C2)."""
+        record = self._live.get(transfer_id)
+        if record is None or record.nonce is None:
+            return False
+        return record.claimer == claimer or record.nonce == nonce
 
     def get(self, transfer_id: TransferId) -> Export | None:
         """A live transfer."""
@@ -272,6 +298,7 @@ class _Record:
     nonce: str | None = None
     generations: tuple[int, ...] = ()
     claimer: Hashable | None = None
+    reading: bool = False
     deadline: float | None = None
 
     def export(self) -> Export:

@@ -11,6 +11,7 @@ The only file that imports nixl. What it relies on, measured with NIXL 1.5.1:
 
 import gc
 import logging
+import logging.config
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from kv_transfer.connector import PeerHandle, ReadHandle, ReadState, RegionKind,
 from kv_transfer.layout import MemoryRegion, Region
 
 _log = logging.getLogger(__name__)
+_PROGRESS_PAUSE_US = 100
 
 
 class NixlConnector:
@@ -206,8 +208,32 @@ def _load_nixl(quiet: bool) -> Any:
     if quiet:
         os.environ.setdefault("NIXL_LOG_LEVEL", "FATAL")
         os.environ.setdefault("UCX_LOG_LEVEL", "fatal")
-    raise_exceptions = logging.raiseExceptions
-    import nixl._api as api
-
-    logging.raiseExceptions = raise_exceptions  # nixl switches it off for the whole process
+    # It configures logging for the whole process: it switches raiseExceptions off, and its
+    # dictConfig closes every handler there is, Ray Serve's too (which then kills the replica when
+    # its controller restarts). Its records go to the root logger's handlers instead.
+    raise_exceptions, dict_config = logging.raiseExceptions, logging.config.dictConfig
+    logging.config.dictConfig = lambda config: None
+    try:
+        import nixl._api as api
+    finally:
+        logging.raiseExceptions, logging.config.dictConfig = raise_exceptions, dict_config
+    _let_progress_rest(api)
     return api
+
+
+def _let_progress_rest(api: Any) -> None:
+    """Make the agents' progress threads pause between two looks.
+
+    NIXL's Python package sets the pause to 0 and offers no argument for it, so each agent would
+    take the better part of a core for itself, whether anything moves or not.
+    """
+    make_agent = api.nixlBind.nixlAgent
+    if getattr(make_agent, "rests", False):
+        return
+
+    def make_resting(name: str, config: Any) -> Any:
+        config.pthrDelay = _PROGRESS_PAUSE_US
+        return make_agent(name, config)
+
+    make_resting.rests = True  # type: ignore[attr-defined]
+    api.nixlBind.nixlAgent = make_resting

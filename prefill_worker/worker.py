@@ -7,6 +7,7 @@ events. Handlers are idempotent (protocol notes, section 8).
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from typing import cast
@@ -20,6 +21,7 @@ from contracts.handoff import (
     FirstTokens,
     FromPrefill,
     PeerHello,
+    Release,
     Revoked,
 )
 from contracts.ids import (
@@ -32,8 +34,10 @@ from contracts.ids import (
 )
 from contracts.request import GenerationRequest
 from contracts.worker import WorkerAddress, WorkerConfig, WorkerInfo
+from engine.audit import Known
 from engine.guide import Guide
 from engine.host import EngineHost, needs_guide
+from engine.overdue import Overdue, start_housekeeping
 from engine.preparations import Preparations
 from engine.scheduler import EngineEvent
 from engine.sequence import Progress, Started
@@ -42,8 +46,8 @@ from kv_transfer.layout import PROTOCOL_VERSION, KvLayout, compatible
 from kv_transfer.leases import Ended, ExportState, ExportTable
 from kv_transfer.local import local_layout
 from kv_transfer.nixl import NixlConnector
-from kv_transfer.params import HANDOFF_SCOPE, KvTransferParams, encode_incarnation, sign
 from kv_transfer.transfer_thread import TransferThread
+from prefill_worker.signing import signed_params
 from rpc.errors import failed
 from rpc.peer_server import PeerSink
 from rpc.server import RpcServer
@@ -51,7 +55,6 @@ from rpc.session_server import SessionSink
 
 log = logging.getLogger(__name__)
 
-_HOUSEKEEPING_S = 0.1
 _REVOKE_AFTER_S = 0.5  # L6
 Key = tuple[RequestId, int]  # request and attempt
 
@@ -77,6 +80,7 @@ class PrefillWorker:
         self._host = EngineHost(config, self._incarnation)
         self._exports = ExportTable(config.lease_ms / 1000, time.monotonic)
         self._requests: dict[Key, _Prefill] = {}
+        self._overdue = Overdue[Key]()
         self._by_transfer: dict[TransferId, Key] = {}
         self._preparations = Preparations(self._host, config.max_waiting)
         self._transfers: TransferThread | None = None
@@ -84,7 +88,6 @@ class PrefillWorker:
         self._housekeeper: asyncio.Task[None] | None = None
         self._draining = False
         self._blocked_since: float | None = None
-        self._address: WorkerAddress | None = None
         self.ended_transfers: dict[str, int] = {}  # by reason
 
     # -- life -------------------------------------------------------------------------------
@@ -108,14 +111,10 @@ class PrefillWorker:
             worker=self,
             peer=self,
         )
-        self._housekeeper = asyncio.create_task(self._keep_house(), name="baton-leases")
-        self._address = WorkerAddress(
-            self._config.worker_id,
-            self._config.role,
-            f"{self._config.host}:{self._server.port}",
-            self._incarnation,
+        self._housekeeper = start_housekeeping(
+            lambda: self._overdue.tell(self._expire), self._expire_leases, self._relieve
         )
-        return self._address
+        return self._config.address(self._server.port, self._incarnation)
 
     def assert_pulse(self) -> None:
         """Raise EngineFailure if the engine thread is dead or stuck."""
@@ -139,10 +138,12 @@ class PrefillWorker:
             self._housekeeper.cancel()
             await asyncio.gather(self._housekeeper, return_exceptions=True)
             self._housekeeper = None
-        await self._preparations.close()
-        if self._server is not None:
+        for export in list(self._exports):  # so that Ds need not find out by themselves
+            self._finish_transfer(self._exports.revoke(export.transfer_id, "closing"))
+        if self._server is not None:  # first: nobody waits for an engine that is stuck
             await self._server.stop(0.5)
             self._server = None
+        await self._preparations.close()
         await asyncio.to_thread(self._host.stop)
         if self._transfers is not None:
             await self._transfers.close()
@@ -159,7 +160,13 @@ class PrefillWorker:
         """What rides on every frame; what is not yet in the engine counts as waiting."""
         load = self._host.engine.load
         waiting = load.waiting + len(self._preparations)
-        return replace(load, waiting=waiting, draining=self._draining)
+        return replace(
+            load,
+            waiting=waiting,
+            draining=self._draining,
+            expired_transfers=self.ended_transfers.get("expired", 0),
+            revoked_transfers=self.ended_transfers.get("pressure", 0),
+        )
 
     def submit(self, request: GenerationRequest, handoff: bool, sink: SessionSink) -> None:
         """Queue a prompt. With `handoff` its KV is exported when it is scheduled."""
@@ -180,6 +187,7 @@ class PrefillWorker:
         else:
             self._add(key, prefill, None)
         self._requests[key] = prefill
+        self._overdue.add(key, request.deadline_s)
 
     def adopt(self, request: GenerationRequest, kv_transfer_params: str, sink: SessionSink) -> None:
         """Refused: a prefill worker does not decode for others."""
@@ -205,9 +213,19 @@ class PrefillWorker:
             "worker_id": self._config.worker_id,
             "incarnation": self._incarnation,
             "requests": len(self._requests),
+            "draining": self._draining,
             "transfers": len(self._exports),
             "ended_transfers": dict(self.ended_transfers),
         }
+
+    async def audit(self) -> list[str]:
+        """See EngineHost.audit."""
+
+        def known() -> Known:
+            leased = Counter[int](block for export in self._exports for block in export.block_ids)
+            return Known(frozenset(self._requests), leased=leased)
+
+        return await self._host.audit(known)
 
     # -- PeerService ------------------------------------------------------------------------
 
@@ -244,10 +262,14 @@ class PrefillWorker:
             lambda blocks: words.read(tuple(blocks)),
         )
 
-    def release(self, transfer_id: TransferId, link: PeerSink) -> None:
+    def reading(self, transfer_id: TransferId, link: PeerSink) -> None:
+        """D has begun to read: not the first to be taken back (L6)."""
+        self._exports.reading(transfer_id, cast(Hashable, link))
+
+    def release(self, release: Release, link: PeerSink) -> None:
         """D is done with the blocks: only its claimer can be (C2). Idempotent; rpc acknowledges."""
-        export = self._exports.get(transfer_id)
-        if export is not None and export.claimer == cast(Hashable, link):
+        transfer_id = release.transfer_id
+        if self._exports.is_claimer(transfer_id, cast(Hashable, link), release.nonce):
             self._finish_transfer(self._exports.release(transfer_id))
 
     def beat(self, link: PeerSink) -> None:
@@ -307,9 +329,7 @@ class PrefillWorker:
             if event.export:
                 self._host.call(lambda scheduler: scheduler.pool.unlease(event.block_ids))
             return
-        params = ""
-        if event.export:
-            params = self._export(key, prefill, event)
+        params = self._export(key, prefill, event) if event.export else ""
         prefill.sink.send(
             [PrefillStarted(event.request_id, event.attempt, params, event.cached_tokens)]
         )
@@ -325,21 +345,17 @@ class PrefillWorker:
         lease_ms = self._config.lease_ms if request.lease_ms is None else request.lease_ms
         self._exports.create(transfer_id, block_ids, num_tokens, digest, lease_ms / 1000)
         assert self._server is not None
-        params = KvTransferParams(
+        return signed_params(
+            request,
+            event,
             transfer_id=transfer_id,
-            incarnation=encode_incarnation(self._incarnation),
-            prompt_digest=digest,
+            incarnation=self._incarnation,
+            digest=digest,
             semantic_hash=self._semantic_hash,
-            remote_engine_id=self._config.worker_id,
-            remote_host=self._config.host,
-            remote_port=self._server.port,
-            remote_request_id=request.request_id,
-            remote_num_tokens=num_tokens,
             lease_ms=lease_ms,
-            remote_block_ids=block_ids,
-            extra={"remote_prefill_cached_tokens": event.cached_tokens},
+            port=self._server.port,
+            config=self._config,
         )
-        return sign(params, self._config.cluster_key, HANDOFF_SCOPE).encode()
 
     def _progress(self, prefill: _Prefill, event: Progress) -> None:
         transfer_id = prefill.transfer_id
@@ -403,19 +419,20 @@ class PrefillWorker:
         if ended.reason != "released":
             _send(ended.claimer, Revoked(ended.transfer_id, ended.reason))
 
-    async def _keep_house(self) -> None:
-        while True:
-            await asyncio.sleep(_HOUSEKEEPING_S)
-            try:
-                for ended in self._exports.expired():
-                    log.warning("transfer %s: the lease is over", ended.transfer_id)
-                    self._finish_transfer(ended)
-                self._relieve(time.monotonic())
-            except Exception:  # without it no lease would ever end again
-                log.exception("housekeeping")
+    def _expire_leases(self) -> None:
+        for ended in self._exports.expired():
+            log.warning("transfer %s: the lease is over", ended.transfer_id)
+            self._finish_transfer(ended)
 
-    def _relieve(self, now: float) -> None:
-        """Take the oldest finished, unclaimed transfer back when a prefill lacks memory (L6)."""
+    def _expire(self, key: Key) -> None:
+        prefill = self._requests.get(key)
+        if prefill is not None:
+            self._drop(key, "aborted")
+            prefill.sink.send([failed(*key, Unavailable("the request's deadline has passed"))])
+
+    def _relieve(self) -> None:
+        """Take a finished transfer that nobody reads back when a prefill lacks memory (L6)."""
+        now = time.monotonic()
         if not self._host.parts.scheduler.blocked:
             self._blocked_since = None
             return
@@ -423,15 +440,11 @@ class PrefillWorker:
             self._blocked_since = now
         if now - self._blocked_since < _REVOKE_AFTER_S:
             return
-        for transfer_id in self._exports.unclaimed():
-            export = self._exports.get(transfer_id)
-            if export is not None and export.ready_tokens == export.num_tokens:
-                self._finish_transfer(self._exports.revoke(transfer_id, "pressure"))
-                self._blocked_since = now
-                return
+        for transfer_id in self._exports.revocable()[:1]:
+            self._finish_transfer(self._exports.revoke(transfer_id, "pressure"))
+            self._blocked_since = now
 
 
 def _send(link: object, message: FromPrefill) -> None:
-    """Tell a claimer, if there is one; claimers are the links themselves."""
-    if link is not None:
+    if link is not None:  # claimers are the links themselves
         link.send(message)  # type: ignore[attr-defined]

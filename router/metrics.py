@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from contracts.events import PathTaken
+from contracts.errors import FenceBroken
+from contracts.events import PathTaken, WorkerLoad
+from contracts.worker import Role
 from router.placement import Decision, WorkerSnapshot
 
 _BYTES = tuple(4.0**n for n in range(6, 18))  # 4 KiB to 16 GiB
@@ -59,6 +61,25 @@ class RouterMetrics:
         self.refused_handoffs = Counter(
             "baton:refused_handoffs", "Adopts that a D refused", registry=self._registry
         )
+        self._recomputed = Counter(
+            "baton:recomputed_handoffs",
+            "Prompts that a D computed itself because the handoff failed, by cause",
+            ["cause"],
+            registry=self._registry,
+        )
+        self.fence_breaks = Counter(
+            "baton:fence_breaks",
+            "Handoffs whose blocks changed hands while being read",
+            registry=self._registry,
+        )
+        self.lost_sessions = Counter(
+            "baton:lost_sessions",
+            "Sessions with workers that broke",
+            ["role"],
+            registry=self._registry,
+        )
+        for role in Role:  # a rate needs the zero before the first
+            self.lost_sessions.labels(role.value)
         self.disconnects = Counter(
             "baton:client_disconnects", "Clients gone before the end", registry=self._registry
         )
@@ -71,6 +92,16 @@ class RouterMetrics:
         )
         self._worker_free = Gauge(
             "baton:worker_free_blocks", "Free KV blocks", labels, registry=self._registry
+        )
+        self._kv_blocks = Gauge(
+            "baton:kv_blocks", "KV blocks by state", [*labels, "state"], registry=self._registry
+        )
+        self._ended_transfers = Gauge(
+            "baton:worker_ended_transfers",
+            "Transfers that a P ended since its start, by reason: expired leases, revoked for "
+            "lack of memory",
+            [*labels, "reason"],
+            registry=self._registry,
         )
         self._handoff_bytes = self._handoff("bytes", "KV bytes read", _BYTES)
         self._handoff_descriptors = self._handoff(
@@ -108,7 +139,13 @@ class RouterMetrics:
         self._placements.labels(decision.path.value, decision.reason.value).inc()
 
     def handoff(self, taken: PathTaken) -> None:
-        """Count what a D read from a P."""
+        """Count how a handoff ended: what a D read from a P, or why it computed the prompt."""
+        if taken.path == "recomputed":
+            self._recomputed.labels(taken.cause).inc()
+            if taken.cause == FenceBroken.__name__:
+                self.fence_breaks.inc()
+        if not taken.num_bytes:
+            return
         self._handoff_bytes.observe(taken.num_bytes)
         self._handoff_descriptors.observe(taken.num_descriptors)
         self._handoff_seconds.observe(taken.read_s)
@@ -130,16 +167,37 @@ class RouterMetrics:
     def render(self, workers: Iterable[WorkerSnapshot]) -> bytes:
         """The Prometheus text, with the workers' load of this moment."""
         waiting = 0
-        for gauge in (self._worker_running, self._worker_waiting, self._worker_free):
+        for gauge in (
+            *(self._worker_running, self._worker_waiting, self._worker_free),
+            *(self._kv_blocks, self._ended_transfers),
+        ):
             gauge.clear()
         for worker in workers:
             labels = (worker.worker_id, worker.role.value)
             self._worker_running.labels(*labels).set(worker.load.running)
             self._worker_waiting.labels(*labels).set(worker.load.waiting)
             self._worker_free.labels(*labels).set(worker.load.free_blocks)
+            for state, blocks in _ledger(worker.load).items():
+                self._kv_blocks.labels(*labels, state).set(blocks)
+            if worker.role is Role.PREFILL:
+                ended = self._ended_transfers
+                ended.labels(*labels, "expired").set(worker.load.expired_transfers)
+                ended.labels(*labels, "revoked").set(worker.load.revoked_transfers)
             waiting += worker.load.waiting
         self._waiting.set(waiting)
         return generate_latest(self._registry)
+
+
+def _ledger(load: WorkerLoad) -> dict[str, int]:
+    """Blocks by state; they add up to the worker's blocks."""
+    return {
+        "free": load.free,
+        "cached": load.cached,
+        "owned": load.owned,
+        "leased": load.leased,
+        "reserved": load.reserved,
+        "quarantined": load.quarantined,
+    }
 
 
 class RequestTimes:

@@ -35,6 +35,13 @@ class Backlog(Generic[T]):
     def __len__(self) -> int:
         return len(self._items)
 
+    def is_half_full(self, num_bytes: int = 0) -> bool:
+        """Whether more than half of the bound is taken, once `num_bytes` have been added."""
+        return (
+            2 * len(self._items) >= self._max_items
+            or 2 * (self._num_bytes + num_bytes) > self._max_bytes
+        )
+
     def add(self, item: T, num_bytes: int) -> None:
         """Append one.
 

@@ -117,6 +117,14 @@ def load_to_pb(load: WorkerLoad) -> pb.Load:
         free_blocks=load.free_blocks,
         total_blocks=load.total_blocks,
         draining=load.draining,
+        free=load.free,
+        cached=load.cached,
+        owned=load.owned,
+        leased=load.leased,
+        reserved=load.reserved,
+        quarantined=load.quarantined,
+        expired_transfers=load.expired_transfers,
+        revoked_transfers=load.revoked_transfers,
     )
 
 
@@ -130,6 +138,14 @@ def load_from_pb(message: pb.Load) -> WorkerLoad:
         free_blocks=message.free_blocks,
         total_blocks=message.total_blocks,
         draining=message.draining,
+        free=message.free,
+        cached=message.cached,
+        owned=message.owned,
+        leased=message.leased,
+        reserved=message.reserved,
+        quarantined=message.quarantined,
+        expired_transfers=message.expired_transfers,
+        revoked_transfers=message.revoked_transfers,
     )
 
 

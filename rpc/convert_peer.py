@@ -13,6 +13,7 @@ from contracts.handoff import (
     FromDecode,
     FromPrefill,
     PeerHello,
+    Reading,
     Release,
     ReleaseAck,
     Revoked,
@@ -56,8 +57,12 @@ def decode_frame(message: FromDecode) -> pb.DecodeFrame:
                     prompt_digest=message.prompt_digest,
                 )
             )
+        case Reading():
+            return pb.DecodeFrame(reading=pb.Reading(transfer_id=message.transfer_id))
         case Release():
-            return pb.DecodeFrame(release=pb.Release(transfer_id=message.transfer_id))
+            return pb.DecodeFrame(
+                release=pb.Release(transfer_id=message.transfer_id, nonce=message.nonce)
+            )
         case Beat():
             return pb.DecodeFrame(beat=pb.Beat(sequence=message.sequence))
         case _:
@@ -75,8 +80,10 @@ def from_decode_frame(frame: pb.DecodeFrame) -> FromDecode | None:
                 nonce=frame.claim.nonce,
                 prompt_digest=frame.claim.prompt_digest,
             )
+        case "reading":
+            return Reading(TransferId(frame.reading.transfer_id))
         case "release":
-            return Release(TransferId(frame.release.transfer_id))
+            return Release(TransferId(frame.release.transfer_id), frame.release.nonce)
         case "beat":
             return Beat(frame.beat.sequence)
         case _:

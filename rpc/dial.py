@@ -36,9 +36,13 @@ class Dialled(Generic[In, Out]):
         return await self.call.details() or reason
 
     async def hang_up(self) -> None:
-        """Cancel the call and close the connection; bounded, never raises."""
+        """Cancel the call and close the connection; bounded, never raises. The last call.
+
+        grpc keeps the connection for as long as somebody holds the call.
+        """
         self.call.cancel()
         await _close(self._channel)
+        del self.call, self._channel
 
 
 async def dial(

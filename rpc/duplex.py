@@ -17,6 +17,8 @@ from rpc.errors import error_of_call
 
 _log = logging.getLogger(__name__)
 
+_STUCK_BEATS = 40  # one write: it beats, so it is not lost, but it does not read
+
 In = TypeVar("In")
 Out = TypeVar("Out")
 
@@ -58,6 +60,7 @@ class Duplex(Generic[In, Out]):
         self._beat_due = True  # the first frame after the hello tells the load
         self._finishing: str | None = None
         self._silent_beats = 0
+        self._writing_beats: int | None = None  # for how many beats a write has been in flight
 
     @property
     def ended(self) -> bool:
@@ -92,6 +95,7 @@ class Duplex(Generic[In, Out]):
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            del self._do_read, self._do_write  # grpc keeps the connection for whoever has them
 
     async def _guarded(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         try:
@@ -124,7 +128,9 @@ class Duplex(Generic[In, Out]):
             self._wake.clear()
             beat, self._beat_due = self._beat_due, False
             for frame in self._frames(beat):
+                self._writing_beats = 0
                 await self._do_write(frame)
+            self._writing_beats = None
             if self._finishing is not None and not self._wake.is_set():
                 self.end(self._finishing)
                 return
@@ -137,4 +143,9 @@ class Duplex(Generic[In, Out]):
             self._silent_beats += 1
             self._beat_due = True
             self._wake.set()
+            if self._writing_beats is not None:
+                self._writing_beats += 1
+                if self._writing_beats > _STUCK_BEATS:
+                    self.end("the other side does not read")
+                    return
         self.end(f"silent for {self._missed} beats of {self._beat_s * 1000:.0f} ms")

@@ -15,6 +15,7 @@ from contracts.handoff import (
     ClaimGranted,
     FirstTokens,
     PeerHello,
+    Reading,
     Release,
     ReleaseAck,
     Revoked,
@@ -68,7 +69,7 @@ class PeerLink:
         self._address = address
         self._call = call
         self._listener = listener
-        self._backlog = Backlog[Claim | Release]()
+        self._backlog = Backlog[Claim | Reading | Release]()
         self._beats = 0
         self._sent_at: dict[int, float] = {}  # of beats that P has not echoed yet
         self._duplex = Duplex[pb.PrefillFrame, pb.DecodeFrame](
@@ -135,7 +136,7 @@ class PeerLink:
         """Whether the link is over."""
         return self._duplex.ended
 
-    def send(self, message: Claim | Release) -> None:
+    def send(self, message: Claim | Reading | Release) -> None:
         """Send in order. Never raises: after the loss, messages are dropped."""
         if self._duplex.ended:
             return

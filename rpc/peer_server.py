@@ -22,6 +22,7 @@ from contracts.handoff import (
     FirstTokens,
     FromPrefill,
     PeerHello,
+    Reading,
     Release,
     ReleaseAck,
 )
@@ -60,7 +61,10 @@ class PeerService(Protocol):
     def claim(self, claim: Claim, link: PeerSink) -> ClaimGranted:
         """Answer a claim. A ServingError becomes ClaimDenied with its class's name."""
 
-    def release(self, transfer_id: TransferId, link: PeerSink) -> None:
+    def reading(self, transfer_id: TransferId, link: PeerSink) -> None:
+        """D has begun to read that transfer; unknown ones are ignored."""
+
+    def release(self, release: Release, link: PeerSink) -> None:
         """Free that transfer's blocks; unknown ones too. ReleaseAck is sent when this returns."""
 
     def beat(self, link: PeerSink) -> None:
@@ -119,9 +123,11 @@ class DecodePeer:
                 self.send(message)
             case Claim():
                 self.send(self._claim(message))
+            case Reading():
+                self._service.reading(message.transfer_id, self)
             case Release():
                 try:
-                    self._service.release(message.transfer_id, self)
+                    self._service.release(message, self)
                 except Exception:
                     _log.exception("release of transfer %s", message.transfer_id)
                     return  # D repeats it

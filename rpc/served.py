@@ -1,12 +1,15 @@
 """The streams that a servicer serves now, so that it can end them all and wait for that."""
 
 import asyncio
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Generic, Protocol, TypeVar
 
 from contracts.errors import Unavailable
 from rpc.duplex import Duplex
+
+_log = logging.getLogger(__name__)
 
 _GONE_TIMEOUT_S = 5.0
 
@@ -55,16 +58,28 @@ class Served(Generic[S]):
             raise Unavailable("an older session does not end") from None
 
     async def close(self, grace_s: float, reason: str) -> None:
-        """Let every stream write what it has gathered, then end it; `grace_s` for all together."""
+        """Let every stream write what it has gathered, then end it; `grace_s` for all together.
+
+        Returns within seconds of that, whatever they do.
+        """
         self.closing = True
         for stream in self._gone:
             stream.duplex.finish(reason)
         events = list(self._gone.values())
-        try:
-            async with asyncio.timeout(grace_s):
-                for event in events:
-                    await event.wait()
-        except TimeoutError:
-            for stream in list(self._gone):
-                stream.duplex.end(reason)
-                await self.gone(stream)
+        if await _all_set(events, grace_s):
+            return
+        for stream in self._gone:
+            stream.duplex.end(reason)
+        if not await _all_set(events, _GONE_TIMEOUT_S):
+            _log.error("%d streams do not end", len(self._gone))
+
+
+async def _all_set(events: list[asyncio.Event], timeout_s: float) -> bool:
+    """Whether all were set in time."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            for event in events:
+                await event.wait()
+    except TimeoutError:
+        return False
+    return True

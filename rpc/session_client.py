@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from contracts.errors import InvalidRequest, Unavailable
+from contracts.errors import InvalidRequest, Overloaded, Unavailable
 from contracts.events import WorkerEvent, WorkerLoad
 from contracts.ids import RequestId, WorkerId
 from contracts.request import GenerationRequest
@@ -21,6 +21,8 @@ from rpc.pb.worker_pb2_grpc import WorkerStub
 from rpc.wire import MAX_MESSAGE_BYTES, MISSED_BEATS, PROTOCOL_VERSION, SESSION_BEAT_S
 
 _log = logging.getLogger(__name__)
+
+_CLOSE_TIMEOUT_S = 5.0  # the call and the connection end within their own, shorter ones
 
 _Call = Dialled[pb.WorkerFrame, pb.RouterFrame]
 _Message = pb.Submit | pb.Adopt | pb.Abort
@@ -137,20 +139,22 @@ class WorkerSession:
             handoff: P exports the KV and answers with `kv_transfer_params`.
 
         Raises:
-            Unavailable: the session is lost (or is by now: too much waits to be written).
+            Unavailable: the session is lost.
+            Overloaded: too much waits to be written. The other half of the room is for aborts.
             InvalidRequest: the request is longer than a session carries (32 MiB).
         """
-        self._send("submits", submit_to_pb(request, handoff=handoff))
+        self._give("submits", submit_to_pb(request, handoff=handoff))
 
     def adopt(self, request: GenerationRequest, kv_transfer_params: str) -> None:
         """Give D a request whose KV a P computes. Raises as `submit`."""
         submit = submit_to_pb(request, handoff=False)
-        self._send("adopts", pb.Adopt(submit=submit, kv_transfer_params=kv_transfer_params))
+        self._give("adopts", pb.Adopt(submit=submit, kv_transfer_params=kv_transfer_params))
 
     def abort(self, request_id: RequestId, attempt: int) -> None:
         """Ask the worker to stop that attempt. Never raises: a lost session aborts anyway."""
         try:
-            self._send("aborts", pb.Abort(request_id=request_id, attempt=attempt))
+            message = pb.Abort(request_id=request_id, attempt=attempt)
+            self._send("aborts", message, message.ByteSize() + 8)
         except Unavailable:
             _log.debug("abort of %s after the session's end", request_id)
 
@@ -158,14 +162,22 @@ class WorkerSession:
         """End the session; the worker aborts its requests. Idempotent, bounded."""
         self._duplex.end("closed by this router")
         if self._task is not None:
-            await asyncio.wait([self._task])
+            _, late = await asyncio.wait([self._task], timeout=_CLOSE_TIMEOUT_S)
+            if late:
+                _log.error("the session with worker %s does not end", self.info.worker_id)
 
-    def _send(self, kind: str, message: _Message) -> None:
-        if self._duplex.ended:
-            raise Unavailable(f"the session with worker {self.info.worker_id} is lost")
+    def _give(self, kind: str, message: pb.Submit | pb.Adopt) -> None:
+        """Send a request, if there is room for it."""
         num_bytes = message.ByteSize() + 8  # its tag and length
         if num_bytes > MAX_MESSAGE_BYTES:
             raise InvalidRequest(f"a request of {num_bytes} bytes is too long for a session")
+        if len(self._backlog) and self._backlog.is_half_full(num_bytes):
+            raise Overloaded(f"worker {self.info.worker_id} does not keep up with what it is sent")
+        self._send(kind, message, num_bytes)
+
+    def _send(self, kind: str, message: _Message, num_bytes: int) -> None:
+        if self._duplex.ended:
+            raise Unavailable(f"the session with worker {self.info.worker_id} is lost")
         try:
             self._backlog.add(_Outgoing(kind, message), num_bytes)
         except Unavailable as error:

@@ -71,6 +71,9 @@ class WorkerService(Protocol):
     def status(self) -> dict[str, object]:
         """Ledger, transfers, counters: JSON, for people and tests."""
 
+    async def audit(self) -> list[str]:
+        """What is wrong with this worker's blocks, see EngineHost.audit."""
+
 
 class RouterSession:
     """One session of one router; also its SessionSink."""
@@ -215,7 +218,9 @@ class SessionServicer(WorkerServicer):
     ) -> pb.StatusReply:
         """The worker's status as JSON."""
         try:
-            return pb.StatusReply(json=json.dumps(self._service.status(), default=str))
+            findings = {"findings": await self._service.audit()} if request.audit else {}
+            status = self._service.status() | findings
+            return pb.StatusReply(json=json.dumps(status, default=str))
         except ServingError as error:
             await abort_with(context, error)
         except Exception as error:

@@ -13,9 +13,11 @@ from rpc.wire import CHANNEL_OPTIONS
 
 
 async def fetch_status(
-    address: str, *, cluster_key: str, timeout_s: float = 5.0
+    address: str, *, cluster_key: str, timeout_s: float = 5.0, audit: bool = False
 ) -> dict[str, object]:
     """The status of the worker at `address` (host:port).
+
+    With `audit`, its `findings` are a list of texts: what is wrong with the worker's blocks.
 
     Raises:
         Unavailable: no worker answers there within `timeout_s`.
@@ -26,7 +28,7 @@ async def fetch_status(
     async with aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
         try:
             reply = await WorkerStub(channel).Status(
-                pb.StatusRequest(), timeout=timeout_s, metadata=metadata
+                pb.StatusRequest(audit=audit), timeout=timeout_s, metadata=metadata
             )
         except aio.AioRpcError as error:
             reason = error_of_call(error)

@@ -197,7 +197,7 @@ class WorkerHello(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., incarnation: _Optional[int] = ..., semantic_hash: _Optional[str] = ..., max_model_len: _Optional[int] = ..., max_prompt_tokens: _Optional[int] = ..., block_size: _Optional[int] = ..., total_blocks: _Optional[int] = ..., attention_backend: _Optional[str] = ..., device: _Optional[str] = ..., version: _Optional[str] = ..., epoch: _Optional[int] = ..., protocol_version: _Optional[int] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("step", "waiting", "running", "waiting_tokens", "free_blocks", "total_blocks", "draining")
+    __slots__ = ("step", "waiting", "running", "waiting_tokens", "free_blocks", "total_blocks", "draining", "free", "cached", "owned", "leased", "reserved", "quarantined", "expired_transfers", "revoked_transfers")
     STEP_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
@@ -205,6 +205,14 @@ class Load(_message.Message):
     FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    FREE_FIELD_NUMBER: _ClassVar[int]
+    CACHED_FIELD_NUMBER: _ClassVar[int]
+    OWNED_FIELD_NUMBER: _ClassVar[int]
+    LEASED_FIELD_NUMBER: _ClassVar[int]
+    RESERVED_FIELD_NUMBER: _ClassVar[int]
+    QUARANTINED_FIELD_NUMBER: _ClassVar[int]
+    EXPIRED_TRANSFERS_FIELD_NUMBER: _ClassVar[int]
+    REVOKED_TRANSFERS_FIELD_NUMBER: _ClassVar[int]
     step: int
     waiting: int
     running: int
@@ -212,7 +220,15 @@ class Load(_message.Message):
     free_blocks: int
     total_blocks: int
     draining: bool
-    def __init__(self, step: _Optional[int] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., draining: bool = ...) -> None: ...
+    free: int
+    cached: int
+    owned: int
+    leased: int
+    reserved: int
+    quarantined: int
+    expired_transfers: int
+    revoked_transfers: int
+    def __init__(self, step: _Optional[int] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., draining: bool = ..., free: _Optional[int] = ..., cached: _Optional[int] = ..., owned: _Optional[int] = ..., leased: _Optional[int] = ..., reserved: _Optional[int] = ..., quarantined: _Optional[int] = ..., expired_transfers: _Optional[int] = ..., revoked_transfers: _Optional[int] = ...) -> None: ...
 
 class TokenLogprob(_message.Message):
     __slots__ = ("logprob", "top_ids", "top_logprobs")
@@ -351,8 +367,10 @@ class WorkerFrame(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., events: _Optional[_Iterable[_Union[WorkerEvent, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., piece: _Optional[bytes] = ..., more_pieces: bool = ...) -> None: ...
 
 class StatusRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("audit",)
+    AUDIT_FIELD_NUMBER: _ClassVar[int]
+    audit: bool
+    def __init__(self, audit: bool = ...) -> None: ...
 
 class StatusReply(_message.Message):
     __slots__ = ("json",)
@@ -437,6 +455,14 @@ class Revoked(_message.Message):
     def __init__(self, transfer_id: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Release(_message.Message):
+    __slots__ = ("transfer_id", "nonce")
+    TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    transfer_id: str
+    nonce: str
+    def __init__(self, transfer_id: _Optional[str] = ..., nonce: _Optional[str] = ...) -> None: ...
+
+class Reading(_message.Message):
     __slots__ = ("transfer_id",)
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     transfer_id: str
@@ -455,16 +481,18 @@ class Beat(_message.Message):
     def __init__(self, sequence: _Optional[int] = ...) -> None: ...
 
 class DecodeFrame(_message.Message):
-    __slots__ = ("hello", "claim", "release", "beat")
+    __slots__ = ("hello", "claim", "release", "beat", "reading")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     CLAIM_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     BEAT_FIELD_NUMBER: _ClassVar[int]
+    READING_FIELD_NUMBER: _ClassVar[int]
     hello: PeerHello
     claim: Claim
     release: Release
     beat: Beat
-    def __init__(self, hello: _Optional[_Union[PeerHello, _Mapping]] = ..., claim: _Optional[_Union[Claim, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ...) -> None: ...
+    reading: Reading
+    def __init__(self, hello: _Optional[_Union[PeerHello, _Mapping]] = ..., claim: _Optional[_Union[Claim, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., reading: _Optional[_Union[Reading, _Mapping]] = ...) -> None: ...
 
 class PrefillFrame(_message.Message):
     __slots__ = ("hello", "granted", "denied", "chunk_ready", "first_tokens", "revoked", "release_ack", "beat")

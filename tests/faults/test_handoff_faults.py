@@ -66,9 +66,8 @@ async def test_reused_blocks_are_detected(
         if kind == "words":
 
             def reuse(scheduler: Scheduler) -> None:
-                for block, held in enumerate(scheduler.pool._leased):
-                    if held:
-                        scheduler.pool.generations.bump(block)
+                for block in scheduler.pool.holders("leased"):
+                    scheduler.pool.generations.bump(block)
 
             await asyncio.wrap_future(cluster.prefill._host.call(reuse))
         return await original(self, peer, kind, *rest, **options)  # type: ignore[arg-type]
@@ -92,7 +91,7 @@ async def test_a_revoked_transfer_is_recomputed(cluster: SplitCluster, llama: Pa
     cluster.sessions[Role.DECODE].adopt(request, params)
     await cluster.until(answer, lambda: answer.over)
     assert answer.tokens[0] == greedy(llama, "llama", prompt, NEW)
-    assert (answer.path, answer.cause) == ("recomputed", "TransferGone")
+    assert (answer.path, answer.cause) == ("recomputed", "TransferFailed")
     await cluster.idle()
 
 
@@ -132,40 +131,94 @@ async def test_a_held_read_is_quarantined_until_it_lands(
         await cluster.idle()
 
 
-@pytest.mark.parametrize("cause", ["TransferGone", "TransferFailed"])
-async def test_a_read_is_given_up_when_its_transfer_ends(
-    cluster: SplitCluster, llama: Path, monkeypatch: pytest.MonkeyPatch, cause: str
-) -> None:
-    """Revoked, or the link lost, while a read hangs: recomputed before the read's own deadline."""
-    held = asyncio.Event()
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Reads end only once this is set; `polled` of it says that one is under way."""
+    event = threading.Event()
+    event.polled = threading.Event()  # type: ignore[attr-defined]
     original = TransferThread._poll
-    polled = threading.Event()
 
     def poll(self: TransferThread, connector: object) -> bool:
         if self._in_flight:
-            polled.set()
-        return False if not held.is_set() else original(self, connector)  # type: ignore[arg-type]
+            event.polled.set()  # type: ignore[attr-defined]
+        return False if not event.is_set() else original(self, connector)  # type: ignore[arg-type]
 
     monkeypatch.setattr(TransferThread, "_poll", poll)
-    prompt = prompt_of(100, 15)
-    request = request_for(prompt)
+    return event
+
+
+async def being_read(cluster: SplitCluster, held: threading.Event, seed: int) -> GenerationRequest:
+    """A request whose read hangs; P has drawn token 1."""
+    request = request_for(prompt_of(100, seed))
     params = await started(cluster, request)
-    answer = cluster.answers[request.request_id]
     cluster.sessions[Role.DECODE].adopt(request, params)
-    await until(polled.is_set)
+    await until(held.polled.is_set)  # type: ignore[attr-defined]
+    answer = cluster.answers[request.request_id]
     await cluster.until(answer, lambda: bool(answer.tokens[0]))
-    if cause == "TransferGone":
-        cluster.sessions[Role.PREFILL].abort(request.request_id, 0)
-    else:
-        assert cluster.decode._peers is not None
-        (task,) = cluster.decode._peers._opening.values()
-        await task.result().link.close()
-    await cluster.until(answer, lambda: answer.over, timeout_s=5.0)
-    assert answer.tokens[0] == greedy(llama, "llama", prompt, NEW)
-    assert (answer.path, answer.cause) == ("recomputed", cause)
+    return request
+
+
+def quarantined(cluster: SplitCluster) -> int:
     ledger = cluster.decode.status()["ledger"]
     assert isinstance(ledger, dict)
-    assert ledger["quarantined"] > 0
+    return int(ledger["quarantined"])
+
+
+@pytest.mark.parametrize("how", ["revoked", "no P any more"])
+async def test_a_read_is_given_up_when_its_transfer_ends(
+    cluster: SplitCluster, llama: Path, held: threading.Event, how: str
+) -> None:
+    """Recomputed before the read's own deadline."""
+    request = await being_read(cluster, held, 15)
+    answer = cluster.answers[request.request_id]
+    if how == "revoked":
+        (transfer,) = cluster.prefill._exports
+        revoked = cluster.prefill._exports.revoke(transfer.transfer_id, "pressure")
+        cluster.prefill._finish_transfer(revoked)
+    else:
+        assert cluster.prefill._server is not None
+        await cluster.prefill._server.stop(0)
+    await cluster.until(answer, lambda: answer.over, timeout_s=5.0)
+    assert answer.tokens[0] == greedy(llama, "llama", list(request.prompt_ids), NEW)
+    cause = "TransferGone" if how == "revoked" else "Unavailable"
+    assert (answer.path, answer.cause) == ("recomputed", cause)
+    assert quarantined(cluster) > 0
+    assert await cluster.decode.audit() == []
+    held.set()
+    await cluster.idle()
+
+
+async def test_a_lost_link_is_claimed_anew(
+    cluster: SplitCluster, llama: Path, held: threading.Event
+) -> None:
+    """L3: the read goes on, and the release finds its way over the new link (L4)."""
+    request = await being_read(cluster, held, 16)
+    answer = cluster.answers[request.request_id]
+    peers = cluster.decode._peers
+    assert peers is not None
+    (task,) = peers._opening.values()
+    await task.result().link.close()
+    (export,) = cluster.prefill._exports
+    await until(lambda: next(iter(cluster.prefill._exports)).claimer not in (None, export.claimer))
+    held.set()
+    await cluster.until(answer, lambda: answer.over)
+    assert answer.tokens[0] == greedy(llama, "llama", list(request.prompt_ids), NEW)
+    assert answer.path == "remote"
+    await cluster.idle()
+    assert cluster.prefill.ended_transfers == {"released": 1}
+
+
+async def test_a_release_is_repeated_over_the_next_link(
+    cluster: SplitCluster, llama: Path, held: threading.Event
+) -> None:
+    """The link is lost with the release unsent: P need not wait for the lease to end."""
+    request = await being_read(cluster, held, 17)
+    peers = cluster.decode._peers
+    assert peers is not None
+    (task,) = peers._opening.values()
+    cluster.decode.abort(request.request_id, 0)  # its release waits to be written
+    await task.result().link.close()
+    await until(lambda: cluster.prefill.ended_transfers == {"released": 1})
     held.set()
     await cluster.idle()
 
@@ -328,7 +381,7 @@ async def test_a_claim_after_the_end_is_no_recompute(cluster: SplitCluster, llam
     answer = cluster.answers[request.request_id]
     await cluster.until(answer, lambda: answer.adopted is not None)
     await cluster.idle()
-    assert cluster.decode.recompute_causes == {}
+    assert cluster.decode.totals.recompute_causes == {}
 
 
 async def test_long_prompts_are_read_in_several_calls(

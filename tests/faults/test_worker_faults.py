@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from contracts.errors import EngineFailure, TransferFailed
-from contracts.handoff import Claim
+from contracts.handoff import Claim, Release
 from contracts.ids import RequestId, new_request_id
 from contracts.request import GenerationRequest
 from contracts.sampling import SamplingParams
@@ -102,7 +102,7 @@ async def test_only_the_claimer_releases(cluster: SplitCluster) -> None:
     await cluster.until(answer, lambda: answer.over)
     assert (answer.path, answer.cause) == ("recomputed", "ClaimRefused")
     assert cluster.prefill.status()["ended_transfers"] == {}
-    cluster.prefill.release(params.transfer_id, claimer)
+    cluster.prefill.release(Release(params.transfer_id), claimer)
     assert cluster.prefill.status()["ended_transfers"] == {"released": 1}
     await cluster.idle()
 
@@ -137,7 +137,7 @@ async def test_a_transfer_is_not_awaited_on_a_lost_link(cluster: SplitCluster) -
     params = await claimed_elsewhere(cluster, request)
     with pytest.raises(TransferFailed):
         peers.listen(peer, params.transfer_id, heard.append)
-    cluster.prefill.release(params.transfer_id, claimer)
+    cluster.prefill.release(Release(params.transfer_id), claimer)
     answer = await cluster.generate(PROMPT, PARAMS, salt="again")
     assert answer.path == "remote", "the next one opens a new link"
     await cluster.idle()

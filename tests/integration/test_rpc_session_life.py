@@ -281,6 +281,7 @@ from rpc.session_client import WorkerSession
 from tests.support.rpc_fakes import *
 
 async def main():
+    asyncio.get_running_loop().slow_callback_duration = 60  # a busy machine is no fault
     worker = FakeWorker(on_submit=lambda request, sink: sink.send([tokens("r", 0, [1])]))
     server = await RpcServer.start("127.0.0.1", 0, cluster_key=CLUSTER_KEY, worker=worker)
     router = FakeRouter()

@@ -92,20 +92,17 @@ async def test_p_keeps_the_kv_for_as_long_as_was_asked(llama: Path) -> None:
         await cluster.idle()
 
 
-async def test_after_the_lease_d_computes_the_prompt(llama: Path) -> None:
+async def test_after_the_lease_d_refuses(llama: Path) -> None:
     request = request_of("late", 40, KINDS["several"])
     async with split_cluster(llama) as cluster:
-        alone = await cluster.send(
-            replace(request, request_id=new_request_id(), cache_salt="alone"), split=False
-        )
         params = await step_one(cluster, request, lease_ms=1)
         await cluster.idle()  # P has let go of it
         assert cluster.prefill.ended_transfers == {"expired": 1}
         answer = cluster.expect(request)
         cluster.sessions[Role.DECODE].adopt(replace(request, redraw=True), params)
         await cluster.until(answer, lambda: answer.over)
-        assert (answer.path, answer.cause) == ("recomputed", "TransferGone")
-        assert answer.tokens == alone.tokens
+        assert answer.failure.startswith("TransferGone")
+        assert "expired" in answer.failure
         await cluster.idle()
 
 
@@ -118,5 +115,25 @@ async def test_a_prompt_as_long_as_p_can_take(llama: Path) -> None:
         )
         answer = await cluster.redraw(request)
         assert answer.path == "recomputed"
+        assert answer.tokens == alone.tokens
+        await cluster.idle()
+
+
+async def test_params_that_only_the_router_repeats_are_good(llama: Path) -> None:
+    """Its second attempt, after it lost the D that had used them, is no fault of the client's."""
+    request = request_of("again", 40, KINDS["greedy"])
+    async with split_cluster(llama) as cluster:
+        alone = await cluster.send(
+            replace(request, request_id=new_request_id(), cache_salt="alone"), split=False
+        )
+        params = await step_one(cluster, request, lease_ms=60_000)
+        first = cluster.expect(request)
+        cluster.sessions[Role.DECODE].adopt(replace(request, redraw=True), params)
+        await cluster.until(first, lambda: first.over)
+        again = replace(request, redraw=True, attempt=1)
+        answer = cluster.expect(again)
+        cluster.sessions[Role.DECODE].adopt(again, params)
+        await cluster.until(answer, lambda: answer.over)
+        assert (answer.path, answer.cause) == ("recomputed", "TransferGone")
         assert answer.tokens == alone.tokens
         await cluster.idle()

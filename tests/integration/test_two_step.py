@@ -125,18 +125,34 @@ def test_text_completions_take_both_steps(client: httpx.Client) -> None:
 
 
 def test_what_nobody_comes_for_is_freed(server: LiveServer, client: httpx.Client) -> None:
-    direct = post(client, GREEDY)
     params = prefill(client, GREEDY)
     server.wait_idle()  # the lease is over
-    late = post(client, {**GREEDY, "kv_transfer_params": params})
-    assert late["choices"] == direct["choices"]  # computed anew
+    before = bytes_read(server)
+    refused = client.post(CHAT, json={**GREEDY, "kv_transfer_params": params})
+    assert refused.status_code == 400, refused.text
+    error = refused.json()["error"]
+    assert error["param"] == "kv_transfer_params"
+    assert "expired" in error["message"]
+    assert bytes_read(server) == before
 
 
-def test_a_handoff_serves_once(client: httpx.Client) -> None:
+def bytes_read(server: LiveServer) -> int:
+    (handoffs,) = [s["handoffs"] for s in server.ledgers() if "handoffs" in s]
+    assert isinstance(handoffs, dict)
+    return int(handoffs["num_bytes"])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_handoff_serves_once(server: LiveServer, client: httpx.Client, stream: bool) -> None:
     params = prefill(client, GREEDY)
-    first = post(client, {**GREEDY, "kv_transfer_params": params})
-    again = post(client, {**GREEDY, "kv_transfer_params": params})
-    assert again["choices"] == first["choices"]
+    post(client, {**GREEDY, "kv_transfer_params": params})
+    before = bytes_read(server)
+    body = {**GREEDY, "stream": stream, "kv_transfer_params": params}
+    again = client.post(CHAT, json=body)
+    assert again.status_code == 400, again.text
+    assert "released" in again.json()["error"]["message"]
+    assert bytes_read(server) == before
+    server.wait_idle()
 
 
 def test_prompt_scores_are_computed_with_the_prompt(

@@ -16,14 +16,14 @@ from hypothesis.stateful import (
     rule,
 )
 
-from contracts.errors import ClaimRefused, TransferGone
+from contracts.errors import ClaimRefused, TransferFailed, TransferGone
 from contracts.events import TokensOut
 from contracts.handoff import ClaimGranted
 from contracts.ids import BlockId, RequestId, TransferId
 from kv_transfer.leases import Ended, ExportState, ExportTable
 
 LEASE_S = 2.0
-A, B = TransferId("a"), TransferId("b")
+A, B, C = TransferId("a"), TransferId("b"), TransferId("c")
 
 
 class Clock:
@@ -86,19 +86,51 @@ def test_a_repeated_claim_keeps_its_generations_and_sees_the_readiness_of_now(
 def test_another_digest_is_refused_with_both_values(table: ExportTable) -> None:
     with pytest.raises(ClaimRefused, match="here d, claimed x"):
         table.claim(A, "n", "x", "link", generations)
-    assert table.unclaimed() == [A]
+    export = table.get(A)
+    assert export is not None
+    assert not export.claimed
 
 
 def test_an_ended_or_unknown_transfer_is_gone(table: ExportTable, clock: Clock) -> None:
-    assert table.revoke(A, "pressure") is not None
-    with pytest.raises(TransferGone, match="pressure"):
+    assert table.release(A) is not None
+    with pytest.raises(TransferGone, match="released"):
         claim(table)
     with pytest.raises(TransferGone, match="unknown"):
         table.claim(B, "n", "d", "link", generations)
-    assert table.ended(A) == "pressure"
+    assert table.ended(A) == "released"
     clock.now += 10 * LEASE_S
     assert table.ended(A) is None
     with pytest.raises(TransferGone):
+        claim(table)
+
+
+def test_what_nobody_reads_is_taken_back_first(table: ExportTable, clock: Clock) -> None:
+    """L6: unclaimed, then claimed and not begun; never in prefill, never while it is read."""
+    for name in (B, C):
+        table.create(name, [BlockId(7)], 16, "d")
+    assert table.revocable() == []
+    for name in (A, B, C):
+        table.complete(name)
+    claim(table)
+    assert table.revocable() == [B, C, A]
+    table.reading(A, "another link")
+    assert table.revocable() == [B, C, A]
+    table.reading(A, "link")
+    assert table.revocable() == [B, C]
+
+
+def test_a_nonce_proves_the_claimer_over_any_link(table: ExportTable) -> None:
+    assert not table.is_claimer(A, "link", "n"), "nobody has claimed it"
+    claim(table)
+    assert table.is_claimer(A, "link", "")
+    assert table.is_claimer(A, "new link", "n")
+    assert not table.is_claimer(A, "new link", "x")
+    assert not table.is_claimer(B, "link", "n")
+
+
+def test_what_p_gave_up_itself_is_no_fault_of_the_bearer(table: ExportTable) -> None:
+    assert table.revoke(A, "pressure") is not None
+    with pytest.raises(TransferFailed, match="pressure"):
         claim(table)
 
 
@@ -260,7 +292,7 @@ class Leases(RuleBasedStateMachine):
         digest = "digest" if right else "other"
         model = self.live.get(transfer_id)
         if model is None:
-            with pytest.raises(TransferGone):
+            with pytest.raises((TransferGone, TransferFailed)):
                 self.table.claim(transfer_id, nonce, digest, link, generations)
             return
         if not right or model.nonce not in (None, nonce):

@@ -1,5 +1,6 @@
 """Random requests, aborts, handoffs and tight memory: every token right, every block accounted."""
 
+from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from hypothesis import settings
@@ -11,6 +12,7 @@ from contracts.events import PromptLogprob, PromptScores, TokensOut
 from contracts.ids import RequestId
 from contracts.request import GenerationRequest
 from contracts.sampling import SamplingParams
+from engine.audit import Known
 from engine.block_pool import BlockPool
 from engine.generations import GenerationWords
 from engine.scheduler import Scheduler, SchedulerConfig
@@ -274,6 +276,15 @@ class SchedulerMachine(RuleBasedStateMachine):
     def ledger_holds(self) -> None:
         if hasattr(self, "pool"):
             self.pool.check()
+            assert self.scheduler.audit(self._known()) == set()
+
+    def _known(self) -> Known:
+        return Known(
+            frozenset((request_id, 0) for request_id in self.requests),
+            leased=Counter(block for e in self.requests.values() for block in e.leased),
+            quarantined=Counter(block for blocks in self.quarantined for block in blocks),
+            reservations=frozenset(self.reservations),
+        )
 
     def teardown(self) -> None:
         if not hasattr(self, "pool"):

@@ -54,6 +54,9 @@ class PagedOracle:
         ]
         self.computed_tokens = 0
 
+    def forget(self, sequences: Sequence[int]) -> None:
+        pass
+
     def compute(self, plan: StepPlan) -> StepResult:
         for source, target in plan.copies:
             self.slots[target] = list(self.slots[source])

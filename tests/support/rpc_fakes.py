@@ -11,6 +11,7 @@ from contracts.handoff import (
     ClaimGranted,
     FromPrefill,
     PeerHello,
+    Release,
 )
 from contracts.ids import Incarnation, RequestId, TransferId, WorkerId
 from contracts.request import GenerationRequest
@@ -76,6 +77,7 @@ class FakeWorker:
     sinks: list[SessionSink] = field(default_factory=list)
     steps: int = 0
     status_value: dict[str, object] = field(default_factory=lambda: {"free": 3})
+    findings: list[str] = field(default_factory=list)
 
     def load(self) -> WorkerLoad:
         self.steps += 1
@@ -102,6 +104,9 @@ class FakeWorker:
 
     def status(self) -> dict[str, object]:
         return self.status_value
+
+    async def audit(self) -> list[str]:
+        return self.findings
 
     def _seen(self, sink: SessionSink) -> None:
         if sink not in self.sinks:
@@ -158,8 +163,11 @@ class FakePrefill:
     def claim(self, claim: Claim, link: PeerSink) -> ClaimGranted:
         return self.on_claim(claim, link)
 
-    def release(self, transfer_id: TransferId, link: PeerSink) -> None:
-        self.released.append(transfer_id)
+    def reading(self, transfer_id: TransferId, link: PeerSink) -> None:
+        pass
+
+    def release(self, release: Release, link: PeerSink) -> None:
+        self.released.append(release.transfer_id)
 
     def beat(self, link: PeerSink) -> None:
         self.beats += 1

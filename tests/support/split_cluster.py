@@ -65,6 +65,7 @@ class SplitCluster:
         self.answers: dict[RequestId, Answer] = {}
         self.on_event: Callable[[WorkerId, WorkerEvent], None] = lambda worker, event: None
         self.sessions: dict[Role, WorkerSession] = {}
+        self.addresses: dict[Role, str] = {}
 
     def on_events(self, worker_id: WorkerId, events: Sequence[WorkerEvent]) -> None:
         for event in events:
@@ -124,6 +125,7 @@ class SplitCluster:
     async def open_sessions(self) -> None:
         addresses = [await self.prefill.start(), await self.decode.start()]
         for address in addresses:
+            self.addresses[address.role] = address.address
             self.sessions[address.role] = await WorkerSession.open(
                 address,
                 router_id="test",

@@ -192,6 +192,14 @@ LOADS = of(
     free_blocks=U32,
     total_blocks=U32,
     draining=st.booleans(),
+    free=U32,
+    cached=U32,
+    owned=U32,
+    leased=U32,
+    reserved=U32,
+    quarantined=U32,
+    expired_transfers=U64,
+    revoked_transfers=U64,
 )
 HELLOS = of(
     PeerHello,
@@ -223,7 +231,7 @@ def grants(draw: st.DrawFn) -> ClaimGranted:
 FROM_DECODE: st.SearchStrategy[FromDecode] = st.one_of(
     HELLOS,
     of(Claim, transfer_id=TEXT, nonce=TEXT, prompt_digest=TEXT),
-    of(Release, transfer_id=TEXT),
+    of(Release, transfer_id=TEXT, nonce=TEXT),
     of(Beat, sequence=U64),
 )
 FROM_PREFILL: st.SearchStrategy[FromPrefill] = st.one_of(
