@@ -112,6 +112,12 @@ class ClusterSettings(BaseModel):
     max_inflight: int = Field(default=4096, ge=1)
     max_body_bytes: Size = 32 << 20
     max_batch: int = Field(default=64, ge=1)  # prompts in one completion request
+    request_timeout_s: float = Field(default=3600.0, gt=0)  # whole request, workers included
+    worker_wait_s: float = Field(default=5.0, ge=0)  # for a worker that can take a request; 503
+    replay_wait_s: float = Field(default=60.0, ge=0)  # the same in the middle of an answer
+    queue_wait_s: float = Field(default=60.0, ge=0)  # for room on a decode worker; then 429
+    body_timeout_s: float = Field(default=60.0, gt=0)  # a request's body is silent; then 408
+    write_timeout_s: float = Field(default=60.0, gt=0)  # a client takes nothing of its stream
 
     chat_template: str | None = Field(default=None, min_length=1)  # a file, or the template itself
     chat_template_content_format: Literal["auto", "string", "openai"] = "auto"

@@ -28,7 +28,8 @@ from router.metrics import RouterMetrics
 from router.middleware import ApiKeyMiddleware, RequestIdMiddleware
 from router.prompt import ChatPrompts
 from router.responses import version
-from router.workers import Listener, OpenSession, Session, WorkerPool
+from router.session import Listener, OpenSession, Session
+from router.workers import WorkerPool
 
 Route = Callable[[Request], Awaitable[Response]]
 
@@ -76,10 +77,14 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        pool = WorkerPool(
-            directory, open_session, router_id=config.router_id, cluster_key=config.cluster_key
-        )
         metrics = RouterMetrics(config.served_model_name)
+        pool = WorkerPool(
+            directory,
+            open_session,
+            router_id=config.router_id,
+            cluster_key=config.cluster_key,
+            on_broken=lambda role: metrics.lost_sessions.labels(role.value).inc(),
+        )
         app.state.serving = _Serving(ChatService(config, prompts, pool, metrics), int(time.time()))
         pool.start()
         try:
@@ -113,6 +118,13 @@ def create_app(
     for path, route, methods in _routes(config):
         app.add_route(path, route, methods=methods)
     return app
+
+
+def stop_admission(app: FastAPI) -> None:
+    """From now on refuse requests (503) and say so in /health; what runs goes on to its end."""
+    serving: _Serving | None = getattr(app.state, "serving", None)
+    if serving is not None:
+        serving.service.closing = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +230,7 @@ async def _health(request: Request) -> Response:
     service = _serving(request).service
     pool = service.pool
     able = pool.able(Role.DECODE) and (service.config.aggregated or pool.able(Role.PREFILL))
-    return Response(status_code=200 if able else 503)
+    return Response(status_code=200 if able and not service.closing else 503)
 
 
 async def _load(request: Request) -> Response:

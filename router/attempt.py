@@ -16,21 +16,24 @@ from contracts.ids import WorkerId
 from contracts.request import GenerationRequest
 from router.job import Job
 from router.output import Output
-from router.placement import Decision, Path
+from router.placement import Decision, Instance, Need, Path
 from router.two_step import computed
 
 
 class WorkerFault(Exception):
     """An attempt ended by a worker's fault; another one may follow.
 
-    `lost`: the session broke, so the worker itself may be fine.
+    `lost`: the session broke, so the worker itself may be fine; `drained`: as was to be expected.
     """
 
-    def __init__(self, worker_id: WorkerId, error: ServingError, *, lost: bool = False) -> None:
+    def __init__(
+        self, worker_id: WorkerId, error: ServingError, *, lost: bool = False, drained: bool = False
+    ) -> None:
         super().__init__(f"{worker_id}: {type(error).__name__}: {error}")
         self.worker_id = worker_id
         self.error = error
         self.lost = lost
+        self.drained = drained
 
 
 class HandoffRefused(Exception):
@@ -47,13 +50,14 @@ class Attempt:
 
     request: GenerationRequest
     decision: Decision
+    need: Need
     over: asyncio.Future[None]
     decode: WorkerId | None
     prefill_active: bool = False
     decode_active: bool = False
     accepted: bool = False
     transfer: str = ""  # kv_transfer_params
-    refused: set[WorkerId] = field(default_factory=set[WorkerId])
+    refused: set[Instance] = field(default_factory=set[Instance])
     held: list[TokensOut] = field(default_factory=list[TokensOut])
     early: list[TokensOut] = field(default_factory=list[TokensOut])
     beams: dict[int, TokensOut] = field(default_factory=dict[int, TokensOut])
@@ -75,10 +79,13 @@ class Attempt:
             self.over.set_exception(error)
 
     def close(self) -> list[WorkerId]:
-        """It is over, however it went; whose work on it is to be aborted. Idempotent."""
+        """It is over, however it went; whose work on it is to be aborted. Idempotent.
+
+        The D first: else it hears from the P that the transfer is gone, and begins to recompute.
+        """
         ends = (
-            (self.prefill_active, self.decision.prefill),
             (self.decode_active, self.decode),
+            (self.prefill_active, self.decision.prefill),
         )
         self.prefill_active = self.decode_active = False
         if not self.over.cancel() and not self.over.cancelled():

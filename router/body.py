@@ -1,15 +1,17 @@
 """From HTTP bytes to a JSON object: media type, size limit, syntax."""
 
+import asyncio
 import json
 import math
 import re
 from collections.abc import AsyncIterator
 from typing import Any, NoReturn
 
-from router.http_errors import BodyTooLarge, MalformedRequest
+from router.http_errors import BodyTooLarge, BodyTooSlow, MalformedRequest
 
 MAX_DEPTH = 128  # of objects and lists in one another
 MAX_MARKS = 1 << 20  # of JSON: each value takes memory and a moment, however short its text
+_SLOWEST = 16 << 10  # bytes a second, on average
 _MARKS = ",:[{"
 _HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # only escapes can spell a lone surrogate
 
@@ -29,24 +31,41 @@ def check_media_type(content_type: str | None) -> None:
 
 
 async def read_body(
-    stream: AsyncIterator[bytes], content_length: str | None, limit_bytes: int
+    stream: AsyncIterator[bytes],
+    content_length: str | None,
+    limit_bytes: int,
+    timeout_s: float = math.inf,
 ) -> bytes:
     """Collect the body, reading no more than the limit.
 
+    The client may be silent for `timeout_s`, and a body that takes longer than that must have
+    come at 16 KiB a second at least: a request whose body trickles in holds a place as well.
+
     Raises:
         BodyTooLarge: announced or real length beyond `limit_bytes`.
+        BodyTooSlow: not in time.
     """
     too_large = BodyTooLarge(f"the request body is larger than {limit_bytes} bytes")
     if content_length and content_length.isdecimal() and int(content_length) > limit_bytes:
         raise too_large
     pieces: list[bytes] = []
     size = 0
-    async for piece in stream:
-        size += len(piece)
-        if size > limit_bytes:
-            raise too_large
-        pieces.append(piece)
-    return b"".join(pieces)
+    loop = asyncio.get_running_loop()
+    begun = loop.time()
+    try:
+        async with asyncio.timeout(None) as deadline:
+            while True:
+                latest = begun + timeout_s + size / _SLOWEST
+                deadline.reschedule(min(loop.time() + timeout_s, latest))
+                piece = await anext(stream, None)
+                if piece is None:
+                    return b"".join(pieces)
+                size += len(piece)
+                if size > limit_bytes:
+                    raise too_large
+                pieces.append(piece)
+    except TimeoutError:
+        raise BodyTooSlow(f"the body did not come in time: {size} bytes of it did") from None
 
 
 def parse_object(body: bytes) -> dict[str, object]:

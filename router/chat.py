@@ -93,6 +93,7 @@ class ChatService:
             REASONING_PARSERS,
             detect_reasoning_parser(templates, model_type),
         )
+        self.closing = False  # no request is admitted any more
         self._in_flight = 0
 
     # Admission
@@ -107,7 +108,10 @@ class ChatService:
 
         Raises:
             Overloaded: all are taken.
+            Unavailable: this router is leaving.
         """
+        if self.closing:
+            raise Unavailable("the server is shutting down")
         if self._in_flight >= self.config.max_inflight:
             raise Overloaded(f"the server is handling {self._in_flight} requests already")
         self._in_flight += 1

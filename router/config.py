@@ -50,10 +50,15 @@ class RouterConfig:
     max_stop: int = 4
     write_buffer_bytes: int = 1 << 20  # unread output of one stream; beyond: that one is aborted
     max_inflight: int = 4096  # requests; beyond: 429
-    max_retries: int = 2  # before the first token
-    max_replays: int = 3  # after it
-    worker_wait_s: float = 5.0  # how long a request waits for a worker to connect
-    request_timeout_s: float | None = None  # whole request
+    max_retries: int = 2  # after failures before the first token
+    max_replays: int = 3  # after failures later on
+    max_lost_workers: int = 8  # sessions that may break under one request; see router.retries
+    worker_wait_s: float = 5.0  # how long a request waits for a worker that can take it
+    replay_wait_s: float = 60.0  # the same once tokens went out: waiting beats failing
+    queue_wait_s: float = 60.0  # how long it waits for room on a D; then 429
+    request_timeout_s: float | None = 3600.0  # the whole request; workers hear of it
+    body_timeout_s: float = 60.0  # a body's silence; see router.body
+    write_timeout_s: float = 60.0  # an answer of which nothing more is taken
     template_timeout_s: float = 30.0
     inline_prompt_chars: int = 2048  # longer prompts are rendered and tokenised in a thread
     router_id: str = "router"
@@ -73,11 +78,18 @@ class RouterConfig:
             "max_inflight": 1,
             "max_retries": 0,
             "max_replays": 0,
+            "max_lost_workers": 0,
             "worker_wait_s": 0,
+            "replay_wait_s": 0,
+            "queue_wait_s": 0,
         }
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise ConfigurationError(f"{name} must be at least {value}")
+        for name in ("request_timeout_s", "body_timeout_s", "write_timeout_s"):
+            limit_s = getattr(self, name)
+            if limit_s is not None and limit_s <= 0:
+                raise ConfigurationError(f"{name} must be more than 0 seconds")
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ConfigurationError("max_model_len must be at least 2 tokens")
         try:

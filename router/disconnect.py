@@ -19,6 +19,19 @@ async def disconnected(receive: Receive) -> None:
         pass
 
 
+def cut(receive: Receive) -> None:
+    """Break the connection of a client that does not read.
+
+    An application can only stop answering; uvicorn then keeps the connection, and what was
+    written to it, until the client has read that. Its own `receive` knows the transport. With
+    another server nothing happens here.
+    """
+    cycle = getattr(receive, "__self__", None)
+    abort = getattr(getattr(cycle, "transport", None), "abort", None)
+    if callable(abort):
+        abort()
+
+
 async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """Await `work`, or give it up when the client leaves.
 

@@ -25,10 +25,15 @@ class BodyTooLarge(InvalidRequest):
     """More bytes than the operator allows."""
 
 
+class BodyTooSlow(InvalidRequest):
+    """The client does not go on sending it."""
+
+
 STATUS: dict[type[ServingError], tuple[int, str]] = {
     InvalidRequest: (400, "BadRequestError"),
     MalformedRequest: (400, "Bad Request"),
     BodyTooLarge: (413, "RequestEntityTooLargeError"),
+    BodyTooSlow: (408, "RequestTimeoutError"),
     NotFound: (404, "NotFoundError"),
     Overloaded: (429, "RateLimitError"),
     Unavailable: (503, "ServiceUnavailableError"),
@@ -45,6 +50,7 @@ BY_STATUS = {
     403: "PermissionDeniedError",
     404: "NotFoundError",
     405: "MethodNotAllowedError",
+    408: "RequestTimeoutError",
     413: "RequestEntityTooLargeError",
 }
 
@@ -86,6 +92,8 @@ def body_of(error: ServingError) -> dict[str, object]:
 def headers_of(error: ServingError) -> dict[str, str]:
     """`Retry-After` (whole seconds) where trying again helps."""
     status, _ = status_of(error)
+    if isinstance(error, BodyTooSlow):
+        return {"Connection": "close"}  # whatever still comes is no request
     if isinstance(error, Overloaded):
         return {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
     return {"Retry-After": "1"} if status == 503 else {}

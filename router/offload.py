@@ -9,10 +9,13 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+from contracts.errors import Overloaded
+
 T = TypeVar("T")
 
 LIGHT = 1 << 13  # a value of that weight is dealt with in a few milliseconds
 _STEP = 128  # items of a list in one call into C
+_TIMEOUT_S = 60.0  # for a turn in a thread, and the work itself: of the size of a request
 
 
 def weight(value: Any, limit: int) -> int:
@@ -38,8 +41,24 @@ def is_heavy(value: Any) -> bool:
 
 
 async def apart(heavy: bool, work: Callable[[], T]) -> T:
-    """Heavy work in a thread, other work at once."""
-    return await asyncio.to_thread(work) if heavy else work()
+    """Heavy work in a thread, other work at once. Raises as `in_thread`."""
+    return await in_thread(work) if heavy else work()
+
+
+async def in_thread(work: Callable[[], T]) -> T:
+    """Do it in a thread.
+
+    Raises:
+        Overloaded: not within a minute. Work that has begun goes on, unheeded.
+    """
+    job = asyncio.create_task(asyncio.to_thread(work))
+    try:
+        done, _ = await asyncio.wait({job}, timeout=_TIMEOUT_S)
+        if not done:
+            raise Overloaded("the server is too busy for a request of that size")
+        return job.result()
+    finally:
+        job.cancel()
 
 
 def dumps(value: Any) -> str:

@@ -8,17 +8,25 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from contracts.errors import InvalidRequest, Unavailable
+from contracts.errors import InvalidRequest, Overloaded, Unavailable
 from contracts.events import WorkerLoad
-from contracts.ids import WorkerId
+from contracts.ids import Incarnation, WorkerId
 from contracts.worker import Role
 from router.two_step import Step
 
 _NO_LOAD = WorkerLoad()
+_NO_INCARNATION = Incarnation(0)
+
+Instance = tuple[WorkerId, Incarnation]
+"""One start of a worker: what is true of it says nothing of the next one under the same id."""
 
 
 class NoCapacity(Unavailable):
     """No connected worker can take the request now."""
+
+
+class DecodesFull(Overloaded):
+    """A P could compute the prompt, but no D has room for what it would hand over."""
 
 
 class Path(StrEnum):
@@ -46,7 +54,11 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class WorkerSnapshot:
-    """A connected worker as this router sees it. `unreported*` is missing from `load`."""
+    """A connected worker as this router sees it. `unreported*` is missing from `load`.
+
+    `promised_blocks` are those that this router's handoffs will need on a D that has them coming;
+    `refuses`: it has lately said that it has no room.
+    """
 
     worker_id: WorkerId
     role: Role
@@ -55,6 +67,17 @@ class WorkerSnapshot:
     load: WorkerLoad = _NO_LOAD
     unreported: int = 0  # requests
     unreported_tokens: int = 0  # their prompt tokens
+    incarnation: Incarnation = _NO_INCARNATION
+    max_model_len: int = 0
+    block_size: int = 1
+    total_blocks: int | None = None  # None: not known
+    promised_blocks: int = 0
+    refuses: bool = False
+
+    @property
+    def instance(self) -> Instance:
+        """Which start of which worker."""
+        return self.worker_id, self.incarnation
 
     @property
     def requests(self) -> int:
@@ -66,13 +89,21 @@ class WorkerSnapshot:
         """Prompt tokens it has yet to compute."""
         return self.load.waiting_tokens + self.unreported_tokens
 
+    def has_room(self, need: "Need") -> bool:
+        """Whether this D would promise a handoff its blocks, as far as one router can know."""
+        if self.refuses:
+            return False
+        if self.total_blocks is None or not self.promised_blocks:
+            return True
+        return self.promised_blocks + need.blocks(self.block_size) <= self.total_blocks
+
 
 @dataclass(frozen=True, slots=True)
 class Need:
     """What a request asks of its workers.
 
     `emitted_tokens` were computed by an earlier attempt (a replay); `semantic_hash` is then that
-    attempt's. `force_local` after no D would take a handoff.
+    attempt's. `force_local` after no D would take a handoff. Those in `exclude` have failed it.
     """
 
     prompt_tokens: int
@@ -80,8 +111,13 @@ class Need:
     emitted_tokens: int = 0
     semantic_hash: str | None = None
     force_local: bool = False
-    exclude: frozenset[WorkerId] = frozenset()
+    exclude: frozenset[Instance] = frozenset()
     step: Step | None = None  # of the two-step form
+    num_choices: int = 1
+
+    def blocks(self, block_size: int) -> int:
+        """What a handoff of the prompt takes on a D: itself, and one block a choice (M2)."""
+        return -(-(self.prompt_tokens + 1) // block_size) + self.num_choices - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +137,10 @@ def choose(workers: Iterable[WorkerSnapshot], need: Need, *, aggregated: bool = 
     Raises:
         InvalidRequest: the prompt is longer than any connected worker can hold.
         NoCapacity: nobody can take it now.
+        DecodesFull: a P would compute what no D has room for.
     """
     known = [w for w in workers if need.semantic_hash in (None, w.semantic_hash)]
-    able = [w for w in known if not w.load.draining and w.worker_id not in need.exclude]
+    able = [w for w in known if not w.load.draining and w.instance not in need.exclude]
     decodes = _fitting(able, Role.DECODE, need)
     if need.step is Step.EXPORT:
         return _export(able, need)
@@ -119,8 +156,13 @@ def choose(workers: Iterable[WorkerSnapshot], need: Need, *, aggregated: bool = 
     hashes = {d.semantic_hash for d in decodes}
     paired = [p for p in prefills if p.semantic_hash in hashes]
     if paired and not need.force_local:
+        roomy = [d for d in decodes if d.has_room(need)]
+        hashes = {d.semantic_hash for d in roomy}
+        paired = [p for p in paired if p.semantic_hash in hashes]
+        if not paired:
+            raise DecodesFull("every decode worker is full")
         p = min(paired, key=_prefill_cost)
-        d = min((d for d in decodes if d.semantic_hash == p.semantic_hash), key=_decode_cost)
+        d = min((d for d in roomy if d.semantic_hash == p.semantic_hash), key=_decode_cost)
         return Decision(
             Path.REMOTE, Reason.DISAGGREGATED, p.worker_id, d.worker_id, p.semantic_hash
         )
@@ -148,7 +190,7 @@ def choose_decode(workers: Iterable[WorkerSnapshot], need: Need) -> WorkerId:
         for w in workers
         if w.semantic_hash == need.semantic_hash
         and not w.load.draining
-        and w.worker_id not in need.exclude
+        and w.instance not in need.exclude
     ]
     decodes = _fitting(able, Role.DECODE, need)
     if not decodes:
@@ -161,7 +203,12 @@ def _fitting(workers: list[WorkerSnapshot], role: Role, need: Need) -> list[Work
 
 
 def _fits(worker: WorkerSnapshot, need: Need) -> bool:
-    return need.prompt_tokens + need.emitted_tokens <= worker.max_prompt_tokens
+    if need.emitted_tokens:  # it has run before, and may go on to the context's very end
+        longest = max(worker.max_prompt_tokens, worker.max_model_len - 1)
+        return need.prompt_tokens + need.emitted_tokens <= longest
+    if need.prompt_tokens > worker.max_prompt_tokens:
+        return False
+    return worker.total_blocks is None or need.blocks(worker.block_size) <= worker.total_blocks
 
 
 def _prefill_cost(worker: WorkerSnapshot) -> tuple[int, int, WorkerId]:
@@ -187,13 +234,12 @@ def _why_local(able: list[WorkerSnapshot], need: Need, aggregated: bool) -> Reas
 def _nobody(known: list[WorkerSnapshot], need: Need, aggregated: bool) -> Exception:
     """The error when no D is left: never possible, or just not now."""
     decodes = [w for w in known if w.role is Role.DECODE]
-    if decodes and not any(_fits(d, need) for d in decodes):
+    if decodes and not need.emitted_tokens and not any(_fits(d, need) for d in decodes):
         most = max(d.max_prompt_tokens for d in decodes)
-        return InvalidRequest(
-            f"the prompt has {need.prompt_tokens + need.emitted_tokens} tokens; "
-            f"no worker can hold more than {most}",
-            "input_tokens",
-        )
+        text = f"the prompt has {need.prompt_tokens} tokens; no worker can hold more than {most}"
+        if need.prompt_tokens <= most:
+            text = f"no worker has room for a prompt of that length and {need.num_choices} choices"
+        return InvalidRequest(text, "input_tokens")
     if not decodes:
         return NoCapacity("no decode worker is connected")
     return NoCapacity("no decode worker can take the request now")

@@ -1,31 +1,40 @@
 """Server-sent events: pieces to chunks, written without waiting for anything but the client."""
 
 import asyncio
+import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from json.encoder import encode_basestring
 from typing import Any, Protocol
 
 from starlette.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from contracts.errors import ServingError
 from router.deltas import Content, Delta, Reasoning, ToolArguments, ToolCallStart
-from router.disconnect import disconnected
+from router.disconnect import cut, disconnected
 from router.http_errors import body_of, encode
 from router.job import Usage
 from router.logprobs import logprobs_json
 from router.metrics import RouterMetrics
-from router.offload import apart, dumps
+from router.offload import apart, dumps, in_thread
 from router.outbox import Outbox, SlowReader
 from router.pieces import Piece
 from router.responses import AnswerHead, usage_json
+
+logger = logging.getLogger(__name__)
 
 DONE = b"data: [DONE]\n\n"
 HEADERS = {"X-Accel-Buffering": "no", "Cache-Control": "no-cache"}
 KEEP_ALIVE = b": keep-alive\n\n"
 KEEP_ALIVE_S = 15.0  # of silence, until such a comment is sent
+WRITE_TIMEOUT_S = 60.0
 
+_WRITE_BYTES = 1 << 14  # at once: a slow client is seen to go on between two writes
+
+_BODY = "http.response.body"
 _NOT_FINISHED = '"finish_reason":null'
 _NO_LOGPROBS = '"logprobs":null'
 _CONTENT = '"content":'
@@ -194,7 +203,11 @@ class PieceSource(Protocol):
 
 
 class EventStream(StreamingResponse):
-    """Streams a source that has something to say. However it ends, the source does too."""
+    """Streams a source that has something to say. However it ends, the source does too.
+
+    A client that takes nothing for `write_timeout_s` while there is something to take is given up;
+    one that is slow is not, as long as it goes on.
+    """
 
     def __init__(
         self,
@@ -204,6 +217,7 @@ class EventStream(StreamingResponse):
         on_end: Callable[[], None],
         *,
         keep_alive_s: float = KEEP_ALIVE_S,
+        write_timeout_s: float = WRITE_TIMEOUT_S,
     ) -> None:
         super().__init__(content=(), media_type="text/event-stream", headers=HEADERS)
         self._source = source
@@ -211,19 +225,26 @@ class EventStream(StreamingResponse):
         self._metrics = metrics
         self._on_end = on_end
         self._keep_alive_s = keep_alive_s
+        self._write_timeout_s = write_timeout_s
         self._silent = False  # nothing was written since the timer fired
+        self._writing_since: float | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Write until the end, the client's disconnect, or a full buffer."""
+        """Write until the end, the client's disconnect, a full buffer, or a stuck write."""
         writer = asyncio.create_task(self._write(send))
         gone = asyncio.create_task(disconnected(receive))
         full = asyncio.create_task(self._source.outbox.overflowed())
         ticker = asyncio.create_task(self._tick())
+        tasks = (writer, gone, full, ticker)
         try:
-            await asyncio.wait({writer, gone, full}, return_when=asyncio.FIRST_COMPLETED)
-            if writer.done():
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if full.done() or ticker.done():
+                if ticker.done():  # the other one counts itself
+                    self._metrics.failed(SlowReader.__name__)
+                cut(receive)
+            elif writer.done():
                 writer.result()
-            elif gone.done():
+            else:
                 self._metrics.disconnects.inc()
         except OSError:  # the connection broke while writing
             self._metrics.disconnects.inc()
@@ -231,15 +252,16 @@ class EventStream(StreamingResponse):
             self._metrics.disconnects.inc()
             raise
         finally:
-            for task in (writer, gone, full, ticker):
+            for task in tasks:
                 task.cancel()
             self._source.stop()
             self._on_end()
-            await asyncio.gather(writer, gone, full, ticker, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             await self._source.aclose()
 
     async def _write(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await self._send(send, start)
         try:
             await self._write_pieces(send)
             usage = self._source.usage
@@ -248,26 +270,48 @@ class EventStream(StreamingResponse):
             return  # the connection is cut: it would not be read
         except ServingError as error:
             last = self._encoder.error(error)
-        await send({"type": "http.response.body", "body": last, "more_body": False})
+        await self._send_body(send, last, more_body=False)
 
     async def _write_pieces(self, send: Send) -> None:
         outbox, encoder = self._source.outbox, self._encoder
         while (pieces := await outbox.take()) or not outbox.over:
             usage = self._source.usage
             if encoder.heavy(pieces):
-                body = await asyncio.to_thread(_encoded, encoder, pieces, usage)
+                body = await in_thread(partial(_encoded, encoder, pieces, usage))
             else:
                 body = _encoded(encoder, pieces, usage)
             if not body and self._silent:
                 body = KEEP_ALIVE
             if body:
                 self._silent = False
-                await send({"type": "http.response.body", "body": body, "more_body": True})
+                await self._send_body(send, body, more_body=True)
+
+    async def _send_body(self, send: Send, body: bytes, *, more_body: bool) -> None:
+        last = max(len(body) - 1, 0) // _WRITE_BYTES * _WRITE_BYTES
+        for start in range(0, last, _WRITE_BYTES):
+            part = body[start : start + _WRITE_BYTES]
+            await self._send(send, {"type": _BODY, "body": part, "more_body": True})
+        await self._send(send, {"type": _BODY, "body": body[last:], "more_body": more_body})
+
+    async def _send(self, send: Send, message: Message) -> None:
+        """Send; the ticker looks how long that takes, for a timer each would cost more."""
+        self._writing_since = time.monotonic()
+        await send(message)
+        self._writing_since = None
 
     async def _tick(self) -> None:
-        """Wake the writer when it has been silent for one to two intervals."""
+        """Wake the writer when it has been silent for one to two intervals.
+
+        Returns when it is stuck.
+        """
         while True:
-            await asyncio.sleep(self._keep_alive_s / 2)
+            await asyncio.sleep(min(self._keep_alive_s, self._write_timeout_s) / 2)
+            since = self._writing_since
+            if since is not None:
+                if time.monotonic() - since >= self._write_timeout_s:
+                    logger.warning("a client took nothing for %g s", self._write_timeout_s)
+                    return
+                continue
             if self._silent:
                 self._source.outbox.nudge()
             self._silent = True

@@ -2,86 +2,29 @@
 
 import asyncio
 import logging
-import math
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from contracts.errors import ServingError, Unavailable
-from contracts.events import WorkerEvent, WorkerLoad
+from contracts.events import WorkerEvent
 from contracts.ids import RequestId, WorkerId, new_incarnation
 from contracts.request import GenerationRequest
-from contracts.worker import Role, WorkerAddress, WorkerInfo
+from contracts.worker import Role, WorkerAddress
 from router.directory import WorkerDirectory
-from router.placement import WorkerSnapshot
+from router.link import Link
+from router.placement import Instance, Need, WorkerSnapshot
+from router.session import OpenSession, Session
 
 logger = logging.getLogger(__name__)
 
-_SETTLE_S = 0.1  # a load report younger than this may not know of a request yet
 _FIRST_BACKOFF_S = 0.05
 _LAST_BACKOFF_S = 2.0
 _DIRECTORY_RETRY_S = 1.0
+_CLOSE_TIMEOUT_S = 5.0  # for all sessions together
 _CLOSED = "closed by the router"
-
-
-class Session(Protocol):
-    """A worker session (rpc.session_client.WorkerSession)."""
-
-    @property
-    def info(self) -> WorkerInfo:
-        """What the worker said of itself."""
-        ...
-
-    def submit(self, request: GenerationRequest, *, handoff: bool) -> None:
-        """Send a request; raises Unavailable if the session is lost."""
-        ...
-
-    def adopt(self, request: GenerationRequest, kv_transfer_params: str) -> None:
-        """Ask a D to take a handoff; raises Unavailable if the session is lost."""
-        ...
-
-    def abort(self, request_id: RequestId, attempt: int) -> None:
-        """Stop an attempt; never raises."""
-        ...
-
-    async def close(self) -> None:
-        """End the session."""
-        ...
-
-
-class Listener(Protocol):
-    """What a session reports to (rpc.session_client.SessionListener)."""
-
-    def on_events(self, worker_id: WorkerId, events: Sequence[WorkerEvent]) -> None:
-        """One frame's events."""
-        ...
-
-    def on_load(self, worker_id: WorkerId, load: WorkerLoad) -> None:
-        """The worker's load."""
-        ...
-
-    def on_lost(self, worker_id: WorkerId, reason: str) -> None:
-        """The session is over for good."""
-        ...
-
-
-class OpenSession(Protocol):
-    """Opens a session (rpc.session_client.WorkerSession.open)."""
-
-    def __call__(
-        self,
-        address: WorkerAddress,
-        *,
-        router_id: str,
-        incarnation: int,
-        epoch: int,
-        cluster_key: str,
-        listener: Listener,
-    ) -> Awaitable[Session]:
-        """Return after both hellos; raises Unavailable."""
-        ...
 
 
 class RequestListener(Protocol):
@@ -91,51 +34,12 @@ class RequestListener(Protocol):
         """An event of this request."""
         ...
 
-    def on_worker_lost(self, worker_id: WorkerId, reason: str) -> None:
-        """A session was lost (told to every request, whether it used that worker or not)."""
+    def on_worker_lost(self, worker_id: WorkerId, *, drained: bool) -> None:
+        """A session was lost (told to every request, whether it used that worker or not).
+
+        `drained`: that was to be expected, for the worker was leaving.
+        """
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Sent:
-    """A request that the worker's reported load may not include yet."""
-
-    sent_at: float
-    prompt_tokens: int
-
-
-class _Link:
-    """One session's life as the pool sees it; the listener of that session only.
-
-    Alive from `opened` to the first `lost`; what comes before or after is dropped.
-    """
-
-    def __init__(self, pool: "WorkerPool", worker_id: WorkerId) -> None:
-        self._pool = pool
-        self.worker_id = worker_id
-        self.session: Session | None = None
-        self.load = WorkerLoad()
-        self.sent: dict[RequestId, _Sent] = {}
-        self.gone = asyncio.Event()
-
-    def on_events(self, worker_id: WorkerId, events: Sequence[WorkerEvent]) -> None:
-        for event in events:
-            self.sent.pop(event.request_id, None)
-            self._pool.dispatch(self.worker_id, event)
-
-    def on_load(self, worker_id: WorkerId, load: WorkerLoad) -> None:
-        self.load = load
-        if self.sent:
-            settled = self._pool.clock() - _SETTLE_S
-            self.sent = {i: sent for i, sent in self.sent.items() if sent.sent_at > settled}
-        self._pool.notify()
-
-    def on_lost(self, worker_id: WorkerId, reason: str) -> None:
-        if self.gone.is_set():
-            return
-        self.gone.set()
-        self.session = None
-        self._pool.lost(self, reason)
 
 
 class WorkerPool:
@@ -154,20 +58,24 @@ class WorkerPool:
         router_id: str,
         cluster_key: str,
         clock: Callable[[], float] = time.monotonic,
+        on_broken: Callable[[Role], None] = lambda role: None,
     ) -> None:
+        """`on_broken` is told of each session that ended by itself."""
         self.clock = clock
+        self._on_broken = on_broken
         self._directory = directory
         self._open = open_session
         self._router_id = router_id
         self._cluster_key = cluster_key
         self._incarnation = new_incarnation()
         self._epoch = 0
-        self._links: dict[WorkerId, _Link] = {}
+        self._links: dict[WorkerId, Link] = {}
         self._addresses: dict[WorkerId, WorkerAddress] = {}
         self._keepers: dict[WorkerId, tuple[WorkerAddress, asyncio.Task[None]]] = {}
         self._listeners: dict[RequestId, RequestListener] = {}
         self._changed = asyncio.Event()
         self._follower: asyncio.Task[None] | None = None
+        self.line = asyncio.Lock()  # held by the first of those who wait for room on a D
 
     # Life
 
@@ -176,13 +84,16 @@ class WorkerPool:
         self._follower = asyncio.create_task(self._follow(), name="follow-directory")
 
     async def close(self) -> None:
-        """End all sessions; requests still there see their workers lost. Idempotent."""
+        """End all sessions; requests still there see their workers lost. Idempotent, bounded."""
         tasks = [task for _, task in self._keepers.values()]
         if self._follower is not None:
             tasks.append(self._follower)
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=_CLOSE_TIMEOUT_S)
+            if late:
+                logger.error("%d sessions did not end within %g s", len(late), _CLOSE_TIMEOUT_S)
         self._keepers.clear()
 
     async def _follow(self) -> None:
@@ -206,8 +117,14 @@ class WorkerPool:
                 old.cancel()
             task = asyncio.create_task(self._keep(address, after=old), name=f"session-{worker_id}")
             self._keepers[worker_id] = (address, task)
+            task.add_done_callback(partial(self._kept, worker_id))
         for worker_id in self._addresses.keys() - wanted.keys():
             del self._addresses[worker_id]
+
+    def _kept(self, worker_id: WorkerId, task: asyncio.Task[None]) -> None:
+        """A keeper has ended: its worker has left the directory, or has another keeper now."""
+        if self._keepers.get(worker_id, (None, None))[1] is task:
+            del self._keepers[worker_id]
 
     async def _keep(self, address: WorkerAddress, after: asyncio.Task[None] | None) -> None:
         """Keep a session to one incarnation of one worker, until it leaves the directory."""
@@ -216,7 +133,7 @@ class WorkerPool:
         backoff_s = _FIRST_BACKOFF_S
         while self._addresses.get(address.worker_id) == address:
             self._epoch += 1
-            link = _Link(self, address.worker_id)
+            link = Link(self, address.worker_id, address.role)
             try:
                 session = await self._open(
                     address,
@@ -244,7 +161,7 @@ class WorkerPool:
                     await session.close()
             await asyncio.sleep(backoff_s)
 
-    def _opened(self, link: _Link, session: Session) -> None:
+    def _opened(self, link: Link, session: Session) -> None:
         if link.gone.is_set():
             return
         link.session = session
@@ -260,14 +177,18 @@ class WorkerPool:
         if listener is not None:
             listener.on_event(worker_id, event)
 
-    def lost(self, link: _Link, reason: str) -> None:
+    def lost(self, link: Link, reason: str) -> None:
         """Forget a session and tell the requests."""
         if self._links.get(link.worker_id) is link:
             del self._links[link.worker_id]
-            level = logging.INFO if reason == _CLOSED else logging.WARNING
+            closed = reason == _CLOSED
+            if not closed:
+                self._on_broken(link.role)
+            level = logging.INFO if closed else logging.WARNING
             logger.log(level, "session to %s is over: %s", link.worker_id, reason)
+            drained = closed or link.load.draining
             for listener in list(self._listeners.values()):
-                listener.on_worker_lost(link.worker_id, reason)
+                listener.on_worker_lost(link.worker_id, drained=drained)
         self.notify()
 
     def notify(self) -> None:
@@ -278,25 +199,22 @@ class WorkerPool:
     # What requests use
 
     async def changed(self, timeout_s: float) -> None:
-        """Wait until a worker connects, is lost or reports its load; at most `timeout_s`."""
+        """Wait until a worker connects, drains, is lost or has room again; at most `timeout_s`."""
         with suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), max(timeout_s, 0.0))
 
     def snapshot(self) -> tuple[WorkerSnapshot, ...]:
         """The connected workers."""
         return tuple(
-            WorkerSnapshot(
-                worker_id=link.worker_id,
-                role=link.session.info.role,
-                semantic_hash=link.session.info.semantic_hash,
-                max_prompt_tokens=link.session.info.max_prompt_tokens,
-                load=link.load,
-                unreported=len(link.sent),
-                unreported_tokens=sum(sent.prompt_tokens for sent in link.sent.values()),
-            )
-            for link in self._links.values()
-            if link.session is not None
+            link.snapshot(link.session) for link in self._links.values() if link.session is not None
         )
+
+    def instance(self, worker_id: WorkerId) -> Instance | None:
+        """Which start of that worker this router is connected to."""
+        link = self._links.get(worker_id)
+        if link is None or link.session is None:
+            return None
+        return worker_id, link.session.info.incarnation
 
     @property
     def max_model_len(self) -> int | None:
@@ -318,13 +236,19 @@ class WorkerPool:
         """Drop what still comes for it."""
         self._listeners.pop(request_id, None)
         for link in self._links.values():
-            link.sent.pop(request_id, None)
+            link.forget(request_id)
 
-    def expect(self, worker_id: WorkerId, request_id: RequestId) -> None:
+    def expect(self, worker_id: WorkerId, request_id: RequestId, need: Need) -> None:
         """Count a request that a D will be offered once its P has begun."""
         link = self._links.get(worker_id)
+        if link is not None and link.session is not None:
+            link.expect(request_id, need.blocks(link.session.info.block_size))
+
+    def forget(self, worker_id: WorkerId, request_id: RequestId) -> None:
+        """Take back what `expect` said."""
+        link = self._links.get(worker_id)
         if link is not None:
-            link.sent[request_id] = _Sent(math.inf, 0)
+            link.forget(request_id)
 
     def submit(self, worker_id: WorkerId, request: GenerationRequest, *, handoff: bool) -> None:
         """Send a request to a worker.
@@ -339,9 +263,11 @@ class WorkerPool:
             link.on_lost(worker_id, str(error))  # it knows before it could say so
             raise
         tokens = len(request.prompt_ids) + sum(len(ids) for ids in request.output_ids)
-        link.sent[request.request_id] = _Sent(self.clock(), tokens)
+        link.sent(request.request_id, tokens)
 
-    def adopt(self, worker_id: WorkerId, request: GenerationRequest, params: str) -> None:
+    def adopt(
+        self, worker_id: WorkerId, request: GenerationRequest, params: str, need: Need
+    ) -> None:
         """Offer a handoff to a D. Its prompt tokens are computed elsewhere.
 
         Raises:
@@ -353,16 +279,16 @@ class WorkerPool:
         except Unavailable as error:
             link.on_lost(worker_id, str(error))
             raise
-        link.sent[request.request_id] = _Sent(self.clock(), 0)
+        link.offered(request.request_id, need.blocks(session.info.block_size))
 
     def abort(self, worker_id: WorkerId, request_id: RequestId, attempt: int) -> None:
         """Stop an attempt on a worker; nothing happens if it is not connected."""
         link = self._links.get(worker_id)
         if link is not None and link.session is not None:
-            link.sent.pop(request_id, None)
+            link.forget(request_id)
             link.session.abort(request_id, attempt)
 
-    def _connected(self, worker_id: WorkerId) -> tuple[_Link, Session]:
+    def _connected(self, worker_id: WorkerId) -> tuple[Link, Session]:
         link = self._links.get(worker_id)
         if link is None or link.session is None:
             raise Unavailable(f"worker {worker_id} is not connected")

@@ -16,7 +16,7 @@ from router.chat import ChatService
 from router.disconnect import ClientGone, unless_disconnected
 from router.http_errors import body_of, encode, headers_of, status_of
 from router.middleware import sent_request_id
-from router.offload import apart, dumps_in_steps, is_heavy
+from router.offload import apart, dumps_in_steps, in_thread, is_heavy
 from router.sse import EventEncoder, EventStream, PieceSource
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,13 @@ async def run_call(
             await unless_disconnected(request.receive, source.outbox.ready())
             encoder = await call.encoder(source)
             keep = True
-            return EventStream(source, encoder, service.metrics, service.leave)
+            return EventStream(
+                source,
+                encoder,
+                service.metrics,
+                service.leave,
+                write_timeout_s=service.config.write_timeout_s,
+            )
         finally:
             if not keep:
                 await source.aclose()
@@ -119,8 +125,10 @@ async def _checked(
         _check_rank(request.headers.get("x-data-parallel-rank"), service)
         check_media_type(request.headers.get("content-type"))
         length = request.headers.get("content-length")
-        limit = service.config.max_body_bytes
-        raw = await read_body(request.stream(), length, limit)
+        config = service.config
+        raw = await read_body(
+            request.stream(), length, config.max_body_bytes, config.body_timeout_s
+        )
         body = await apart(len(raw) > _INLINE_BYTES, lambda: parse_object(raw))
         return await unless_disconnected(request.receive, do(body))
     except ServingError as error:
@@ -184,7 +192,7 @@ async def answered(body: dict[str, Any]) -> Response:
     """JSON of any size."""
     if not is_heavy(body):
         return json_response(body)
-    text = await asyncio.to_thread(lambda: dumps_in_steps(body).encode("utf-8", "replace"))
+    text = await in_thread(lambda: dumps_in_steps(body).encode("utf-8", "replace"))
     return Response(text, media_type="application/json")
 
 

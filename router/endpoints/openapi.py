@@ -21,13 +21,14 @@ _REASONS = {
     401: "Missing or wrong API key",
     403: "Switched off",
     404: "No such model",
+    408: "The body did not come in time",
     413: "The body is too large",
     429: "Too many requests at once; try again after `Retry-After` seconds",
     500: "A fault of the server",
     501: "The model cannot do that",
     503: "No worker can serve this now; try again",
 }
-_CHECKED = (400, 404, 413, 429, 500, 503)
+_CHECKED = (400, 404, 408, 413, 429, 500, 503)
 _GENERATES = (*_CHECKED, 501)
 
 

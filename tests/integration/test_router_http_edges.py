@@ -9,10 +9,9 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 
 from tests.support.fake_worker import until
-from tests.support.router_http import Served, serve
+from tests.support.router_http import Served, listening, serve
 
 # Bad input
 
@@ -229,7 +228,7 @@ async def test_a_bug_of_ours_is_an_answer(
 async def test_a_client_of_the_siblings_that_leaves_is_aborted(
     tmp_path: Path, path: str, fields: dict[str, Any], count: int, stream: bool
 ) -> None:
-    async with serve(tmp_path) as served, listening(served) as client:
+    async with serve(tmp_path) as served, client_of(served) as client:
         served.d.pause_at = 2
         request = asyncio.create_task(
             client.post(path, json={**fields, "stream": stream}, timeout=30)
@@ -308,18 +307,9 @@ async def test_version_and_ping(tmp_path: Path) -> None:
 
 
 @asynccontextmanager
-async def listening(served: Served) -> AsyncIterator[httpx.AsyncClient]:
-    config = uvicorn.Config(served.app, port=0, lifespan="off", log_level="warning", ws="none")
-    server = uvicorn.Server(config)
-    task = asyncio.create_task(server.serve())
-    await until(lambda: server.started)
-    host, port = server.servers[0].sockets[0].getsockname()[:2]
-    try:
-        async with httpx.AsyncClient(base_url=f"http://{host}:{port}") as client:
-            yield client
-    finally:
-        server.should_exit = True
-        await task
+async def client_of(served: Served) -> AsyncIterator[httpx.AsyncClient]:
+    async with listening(served.app) as (_, url), httpx.AsyncClient(base_url=url) as client:
+        yield client
 
 
 def body(**fields: Any) -> dict[str, Any]:
@@ -327,7 +317,7 @@ def body(**fields: Any) -> dict[str, Any]:
 
 
 async def test_chunks_arrive_one_by_one_with_the_right_headers(tmp_path: Path) -> None:
-    async with serve(tmp_path) as served, listening(served) as client:
+    async with serve(tmp_path) as served, client_of(served) as client:
         served.d.pause_at = 3
         async with client.stream(
             "POST", "/v1/chat/completions", json=body(stream=True)
@@ -348,7 +338,7 @@ async def test_chunks_arrive_one_by_one_with_the_right_headers(tmp_path: Path) -
 async def test_a_client_that_leaves_is_aborted_everywhere(
     tmp_path: Path, stream: bool, window: str
 ) -> None:
-    async with serve(tmp_path) as served, listening(served) as client:
+    async with serve(tmp_path) as served, client_of(served) as client:
         served.p.pause_at = {"queued": -1, "prefilled": 0, "decoding": None}[window]
         served.d.pause_at = 2 if window == "decoding" else 0
         request = asyncio.create_task(
@@ -372,7 +362,7 @@ async def test_a_client_that_does_not_read_is_cut_off_and_others_go_on(tmp_path:
     long = ["the cat sat on the mat " * 4000]
     async with (
         serve(tmp_path, "d", texts=long, aggregated=True, write_buffer_bytes=20_000) as served,
-        listening(served) as client,
+        client_of(served) as client,
     ):
         served.workers[0].max_model_len = served.workers[0].max_prompt_tokens = 1_000_000
         served.workers[0].session.lose()

@@ -29,7 +29,7 @@ from contracts.events import (
 from contracts.ids import Incarnation, RequestId, WorkerId
 from contracts.request import GenerationRequest
 from contracts.worker import Role, WorkerAddress, WorkerInfo
-from router.workers import Listener, Session
+from router.session import Listener, Session
 
 Script = Callable[[GenerationRequest, int], Sequence[int]]
 
@@ -92,7 +92,10 @@ class FakeWorker:
     max_prompt_tokens: int = 512
     cached_tokens: int = 0
     tokens_per_frame: int = 1
+    incarnation: Incarnation = field(default=Incarnation(1))
+    total_blocks: int = 64
     # Knobs
+    draining: bool = False  # refuses all that is new, and says so in its load
     down: bool = False  # sessions cannot be opened
     refuse_adopts: bool = False
     fail_kind: str = ""  # RequestFailed at once
@@ -112,7 +115,7 @@ class FakeWorker:
 
     @property
     def address(self) -> WorkerAddress:
-        return WorkerAddress(self.worker_id, self.role, f"fake:{self.worker_id}", Incarnation(1))
+        return WorkerAddress(self.worker_id, self.role, f"fake:{self.worker_id}", self.incarnation)
 
     @property
     def session(self) -> "FakeSession":
@@ -122,6 +125,17 @@ class FakeWorker:
     def running(self) -> int:
         """Requests it is still working on."""
         return sum(len(session.tasks) for session in self.sessions)
+
+    def drain(self) -> None:
+        """Begin to drain: what runs goes on."""
+        self.draining = True
+        self.session.report(WorkerLoad(draining=True))
+
+    def restart(self) -> None:
+        """The process ends, with whatever it has; the next one under this name comes up."""
+        self.incarnation = Incarnation(self.incarnation + 1)
+        self.draining = False
+        self.session.lose()
 
     def resume(self) -> None:
         self.pause_at = None
@@ -158,12 +172,12 @@ class FakeSession:
         return WorkerInfo(
             worker_id=w.worker_id,
             role=w.role,
-            incarnation=Incarnation(1),
+            incarnation=w.incarnation,
             semantic_hash=w.semantic_hash,
             max_model_len=w.max_model_len,
             max_prompt_tokens=w.max_prompt_tokens,
             block_size=16,
-            total_blocks=64,
+            total_blocks=w.total_blocks,
             attention_backend="none",
             device="none",
             version="0",
@@ -242,13 +256,15 @@ class FakeSession:
         self.send(PromptScores(rid, attempt, 1 + half, entries[half:]))
 
     async def _adopted(self, request: GenerationRequest) -> None:
-        if self._failed(request):
+        if not self.worker.draining and self._failed(request):
             return
         await asyncio.sleep(0)
-        accepted = not self.worker.refuse_adopts
+        reason = "draining" if self.worker.draining else "full"
+        accepted = not (self.worker.refuse_adopts or self.worker.draining)
         self.send(
-            Adopted(request.request_id, request.attempt, accepted, "" if accepted else "full")
+            Adopted(request.request_id, request.attempt, accepted, "" if accepted else reason)
         )
+        self._report_draining()
         if accepted:
             self.send(PathTaken(request.request_id, request.attempt, "remote"))
             await self._decode(request)
@@ -319,7 +335,16 @@ class FakeSession:
             request.request_id, request.attempt, choice, position, tuple(ids), logprobs, finish
         )
 
+    def _report_draining(self) -> None:
+        if self.worker.draining and not self.lost:
+            self.report(WorkerLoad(draining=True))
+
     def _failed(self, request: GenerationRequest) -> bool:
+        if self.worker.draining:
+            rid, attempt = request.request_id, request.attempt
+            self.send(RequestFailed(rid, attempt, "Unavailable", "draining"))
+            self._report_draining()
+            return True
         if self.worker.fail_kind:
             self.send(self._failure(request))
         return bool(self.worker.fail_kind)

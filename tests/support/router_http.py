@@ -1,6 +1,8 @@
 """The router's HTTP API over fake workers, as tests serve it."""
 
+import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -9,6 +11,7 @@ from typing import Any
 
 import httpx
 import openai
+import uvicorn
 from fastapi import FastAPI
 from tokenizers import Tokenizer
 
@@ -91,6 +94,27 @@ def joined(chunks: list[dict[str, Any]], index: int) -> dict[str, Any]:
         "finish_reason": ends[0]["finish_reason"],
         "stop_reason": ends[0]["stop_reason"],
     }
+
+
+@asynccontextmanager
+async def listening(
+    app: FastAPI, *, send_buffer_bytes: int | None = None, **settings: Any
+) -> AsyncIterator[tuple[uvicorn.Server, str]]:
+    """The app on a real socket: the server, and its URL. Its lifespan belongs to the caller."""
+    config = uvicorn.Config(app, lifespan="off", log_level="warning", ws="none", **settings)
+    server = uvicorn.Server(config)
+    listener = socket.create_server(("127.0.0.1", 0))
+    if send_buffer_bytes is not None:  # its connections inherit that
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
+    port = listener.getsockname()[1]
+    task = asyncio.create_task(server.serve(sockets=[listener]))
+    await until(lambda: server.started)
+    try:
+        yield server, f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        await task
+        listener.close()
 
 
 @asynccontextmanager

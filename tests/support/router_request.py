@@ -19,6 +19,7 @@ from router.outbox import Outbox
 from router.pieces import Piece
 from router.request import Generation
 from router.rules import OutputRules
+from router.two_step import Transfer
 from router.workers import WorkerPool
 from tests.support.fake_worker import FakeCluster, FakeWorker, Script, byte_level_tokenizer, until
 
@@ -53,6 +54,7 @@ class Router:
         rules: OutputRules | None = None,
         cache_salt: str = "",
         priority: int = 0,
+        transfer: Transfer | None = None,
         **params: Any,
     ) -> "Run":
         sampling = SamplingParams(**{"max_tokens": 100, "eos_token_ids": (EOS,), **params})
@@ -63,6 +65,7 @@ class Router:
             rules or OutputRules(tuple(stop), EOS),
             cache_salt,
             priority,
+            transfer,
         )
         generation = Generation(
             job,

@@ -1,11 +1,14 @@
+from dataclasses import replace
+
 import pytest
 
 from contracts.errors import InvalidRequest, Unavailable
 from contracts.events import WorkerLoad
-from contracts.ids import WorkerId
+from contracts.ids import Incarnation, WorkerId
 from contracts.worker import Role
 from router.placement import (
     Decision,
+    DecodesFull,
     Need,
     NoCapacity,
     Path,
@@ -166,7 +169,7 @@ REMOTE, LOCAL, ONLY = Path.REMOTE, Path.LOCAL, Path.PREFILL_ONLY
         ),
         pytest.param(
             [worker("p1"), worker("p2", running=9), worker("d1")],
-            Need(prompt_tokens=100, max_tokens=10, exclude=frozenset({WorkerId("p1")})),
+            Need(prompt_tokens=100, max_tokens=10, exclude=frozenset({worker("p1").instance})),
             (REMOTE, Reason.DISAGGREGATED, "p2", "d1"),
             id="excluded",
         ),
@@ -215,14 +218,67 @@ def test_too_long_prompt_names_both_numbers() -> None:
 def test_choose_decode_asks_each_worker_once() -> None:
     workers = [worker("d1"), worker("d2", running=1), worker("d3", model="other"), worker("p1")]
     need = Need(
-        prompt_tokens=1, max_tokens=2, semantic_hash="m", exclude=frozenset({WorkerId("d1")})
+        prompt_tokens=1, max_tokens=2, semantic_hash="m", exclude=frozenset({workers[0].instance})
     )
     assert choose_decode(workers, need) == "d2"
     none = Need(
         prompt_tokens=1,
         max_tokens=2,
         semantic_hash="m",
-        exclude=frozenset({WorkerId("d1"), WorkerId("d2")}),
+        exclude=frozenset({workers[0].instance, workers[1].instance}),
     )
     with pytest.raises(NoCapacity):
         choose_decode(workers, none)
+
+
+# Room on a D, before a P computes
+
+
+def test_a_handoff_goes_where_its_blocks_can_be_promised() -> None:
+    need = Need(prompt_tokens=100, max_tokens=10, num_choices=3)
+    assert need.blocks(16) == 7 + 2
+
+    def d(name: str, promised: int, *, refuses: bool = False) -> WorkerSnapshot:
+        return replace(
+            worker(name),
+            block_size=16,
+            total_blocks=20,
+            promised_blocks=promised,
+            refuses=refuses,
+        )
+
+    assert brief(choose([worker("p1"), d("d1", 12), d("d2", 11)], need))[3] == "d2"
+    assert brief(choose([worker("p1"), d("d1", 0, refuses=True), d("d2", 11)], need))[3] == "d2"
+    with pytest.raises(DecodesFull):
+        choose([worker("p1"), d("d1", 12), d("d2", 0, refuses=True)], need)
+    full = [worker("p1"), d("d1", 12)]
+    assert brief(choose(full, replace(need, force_local=True)))[0] is LOCAL
+    assert brief(choose(full[1:], need))[0] is LOCAL  # it queues there, as it must
+    assert brief(choose(full, replace(need, max_tokens=1)))[0] is ONLY
+    assert brief(choose(full, need, aggregated=True))[0] is LOCAL
+    with pytest.raises(InvalidRequest, match="room for a prompt of that length and 15 choices"):
+        choose([worker("p1"), d("d1", 0)], replace(need, num_choices=15))
+
+
+def test_room_is_asked_of_workers_of_the_same_model_as_the_prefill_worker() -> None:
+    d1 = replace(worker("d1", model="new"), refuses=True)
+    workers = [worker("p1", model="new"), d1, worker("d2", model="old")]
+    with pytest.raises(DecodesFull):
+        choose(workers, NEED)
+
+
+def test_a_replay_may_go_on_to_the_very_end_of_the_context() -> None:
+    d = replace(worker("d1", fits=99), max_model_len=113)
+    need = replace(NEED, emitted_tokens=12, semantic_hash="m")
+    assert brief(choose([d], need)) == (LOCAL, Reason.REPLAY, None, "d1")
+    with pytest.raises(NoCapacity):  # never the client's fault in the middle of its answer
+        choose([d], replace(need, emitted_tokens=13))
+
+
+def test_another_start_of_an_excluded_worker_is_not_excluded() -> None:
+    old = worker("d1")
+    new = replace(old, incarnation=Incarnation(7))
+    need = replace(NEED, exclude=frozenset({old.instance}))
+    assert brief(choose([new], need))[3] == "d1"
+    with pytest.raises(NoCapacity):
+        choose([old], need)
