@@ -3,12 +3,16 @@
 import asyncio
 import gc
 import logging
+import os
 import signal
 import socket
+import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
-from typing import Protocol
+from types import FrameType
+from typing import NoReturn, Protocol
 
+from cluster.draining import Drainable, drain_while_alive
 from contracts.errors import ConfigurationError, EngineFailure, ServingError
 from contracts.ids import Incarnation, WorkerId
 from contracts.worker import Role, WorkerAddress, WorkerConfig
@@ -19,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 _PULSE_S = 1.0
 _LOOK_S = 0.2  # for a worker that has not answered yet
-_LOOK_AGAIN_S = 2.0  # for one that may have restarted
+_LOOK_AGAIN_S = 1.0  # for one that may have restarted
 
 
 class Worker(Protocol):
@@ -77,8 +81,8 @@ async def _serve_worker(config: WorkerConfig, drain_s: float) -> int:
         await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
             starting.cancel()
-            await asyncio.wait({starting}, timeout=drain_s)
-            return 0
+            await worker.close()
+            _end_now()  # the loading thread cannot be stopped, and nobody is served yet
         address = starting.result()
         print(
             f"baton worker ready role={config.role} address={address.address}"
@@ -88,12 +92,8 @@ async def _serve_worker(config: WorkerConfig, drain_s: float) -> int:
         while not stopped.done():
             await asyncio.wait({stopped}, timeout=_PULSE_S)
             worker.assert_pulse()
-        draining = asyncio.create_task(worker.drain(drain_s), name="drain")
-        again = asyncio.create_task(signals.get(), name="second-signal")
-        await asyncio.wait({draining, again}, return_when=asyncio.FIRST_COMPLETED)
-        for task in (draining, again):
-            task.cancel()
-        await asyncio.gather(draining, again, return_exceptions=True)
+        logger.info("draining worker %s, for at most %g s", config.worker_id, drain_s)
+        await drain_until_signal(worker, drain_s, signals)
         return 0
     except EngineFailure:
         logger.exception("worker %s is given up", config.worker_id)
@@ -101,6 +101,32 @@ async def _serve_worker(config: WorkerConfig, drain_s: float) -> int:
     finally:
         stopped.cancel()
         await worker.close()
+
+
+async def drain_until_signal(
+    worker: Drainable, drain_s: float, signals: "asyncio.Queue[None]"
+) -> None:
+    """Drain for at most `drain_s`; one more signal ends it at once.
+
+    Raises:
+        EngineFailure: the engine has no pulse, so what runs would never end.
+    """
+    draining = asyncio.create_task(drain_while_alive(worker, drain_s), name="drain")
+    again = asyncio.create_task(signals.get(), name="second-signal")
+    await asyncio.wait({draining, again}, return_when=asyncio.FIRST_COMPLETED)
+    again.cancel()
+    if draining.done():
+        draining.result()
+    else:
+        draining.cancel()
+        await asyncio.gather(draining, return_exceptions=True)
+
+
+def _end_now() -> NoReturn:
+    """End the process without waiting for its threads."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 class StatusDirectory:
@@ -162,7 +188,8 @@ def run_router(
     port: int,
     drain_s: float,
 ) -> int:
-    """Serve HTTP until SIGTERM or SIGINT, then let streams end for at most `drain_s`.
+    """Serve HTTP until SIGTERM or SIGINT, then let streams end for at most `drain_s`, or until a
+    second signal.
 
     Prints one line on stdout once it listens (workers may still be missing: see /health).
 
@@ -171,7 +198,7 @@ def run_router(
     """
     import uvicorn
 
-    from router.app import create_app
+    from router.app import create_app, stop_admission
 
     app = create_app(config, StatusDirectory(addresses, config.cluster_key))
     gc.collect()
@@ -183,6 +210,11 @@ def run_router(
             if self.started:
                 bound = self.servers[0].sockets[0].getsockname()[1]
                 print(f"baton router ready url=http://{host}:{bound}", flush=True)
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            stop_admission(app)
+            self.force_exit = self.should_exit
+            super().handle_exit(sig, frame)
 
     server = Server(
         uvicorn.Config(

@@ -12,6 +12,7 @@ from cluster.ports import free_ports
 from contracts.errors import ConfigurationError
 
 LONGEST_COMPLETION_S = 3600
+RETRY_ON = "conn-failure empty-response"
 _REPLICA_PORTS = 32
 _WRAPPER = """#!/bin/sh
 # Starts HAProxy for Baton. Ray's configuration lets statistics and metrics listen on all
@@ -70,6 +71,13 @@ def local_environment(folder: Path, ports: InnerPorts, cores: int) -> dict[str, 
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(ports.fallback_grpc),
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(ports.replicas.start),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(ports.replicas.stop - 1),
+        # Serve replaces a proxy that answers late, and all streams end with it: on a busy machine
+        # (four workers that load, say) late is not dead.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+        "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
+        # A request that its router replica has not begun to answer goes to another one if that
+        # replica dies. (A refused connection always does.)
+        "RAY_SERVE_HAPROXY_RETRY_ON": RETRY_ON,
         # A reload must not cut streams; a local shutdown need not wait for strangers' streams.
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(LONGEST_COMPLETION_S),
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(LONGEST_COMPLETION_S),

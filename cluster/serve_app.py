@@ -24,7 +24,6 @@ from router.deployment import RouterDeployment
 
 # Serve's own limit is per replica and its refusal a bare 503: the router admits, not Serve.
 _MAX_ONGOING_REQUESTS = 4096
-_LOCAL_DRAIN_S = 5.0
 _WORKER_NAMES = {Role.PREFILL: "PrefillWorker", Role.DECODE: "DecodeWorker"}
 
 
@@ -50,14 +49,13 @@ def application(cluster: ResolvedCluster) -> Application:
     workers = [_workers(cluster, Role.DECODE, cluster.decode)]
     if cluster.prefill:
         workers.append(_workers(cluster, Role.PREFILL, cluster.prefill))
-    drain_s = _LOCAL_DRAIN_S if cluster.local else cluster.settings.router_drain_s
     router = serve.deployment(
         RouterDeployment,
         name="Router",
         num_replicas=cluster.settings.router_replicas,
         max_ongoing_requests=_MAX_ONGOING_REQUESTS,
         ray_actor_options={"num_cpus": 0.1 if cluster.local else 1},
-        graceful_shutdown_timeout_s=drain_s,
+        graceful_shutdown_timeout_s=cluster.settings.router_drain_s,
         graceful_shutdown_wait_loop_s=0.1,
         health_check_period_s=2,
         health_check_timeout_s=10,
@@ -91,7 +89,6 @@ async def report_failure(app_name: str, who: str, error: BaseException) -> None:
 
 def _workers(cluster: ResolvedCluster, role: Role, count: int) -> Application:
     settings = cluster.settings
-    drain_s = _LOCAL_DRAIN_S if cluster.local else settings.drain_timeout_s
     options: dict[str, float] = {"num_cpus": 0.1 if cluster.local else settings.worker_cpus}
     if cluster.worker_gpus:
         options["num_gpus"] = cluster.worker_gpus
@@ -100,7 +97,7 @@ def _workers(cluster: ResolvedCluster, role: Role, count: int) -> Application:
         name=_WORKER_NAMES[role],
         num_replicas=count,
         ray_actor_options=options,
-        graceful_shutdown_timeout_s=drain_s,
+        graceful_shutdown_timeout_s=settings.drain_timeout_s,
         graceful_shutdown_wait_loop_s=0.1,
         health_check_period_s=2,
         health_check_timeout_s=10,
@@ -109,5 +106,5 @@ def _workers(cluster: ResolvedCluster, role: Role, count: int) -> Application:
         role,
         functools.partial(configure, cluster, role),
         functools.partial(RegistryAnnouncer, settings.app_name),
-        drain_s,
+        settings.drain_timeout_s,
     )

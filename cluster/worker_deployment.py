@@ -3,6 +3,7 @@
 No request passes through Serve; it places the worker, watches its health and ends it.
 """
 
+import asyncio
 import logging
 from collections.abc import Callable
 from typing import Protocol
@@ -10,12 +11,13 @@ from typing import Protocol
 import ray
 from ray import serve
 
+from cluster.draining import drain_while_alive
 from contracts.events import WorkerLoad
 from contracts.worker import Role, WorkerAddress, WorkerConfig
 
 logger = logging.getLogger(__name__)
 
-_CLOSE_S = 1.0  # of the graceful time-out, kept back for closing
+_CLOSE_S = 2.0  # of the graceful time-out, kept back for closing
 
 
 class Announcer(Protocol):
@@ -101,6 +103,7 @@ class WorkerDeployment:
             await self._announcer.failed(f"{role} worker", error)
             await self.close()
             raise
+        self._started = True
         await self._announcer.announce(address)
 
     async def check_health(self) -> None:
@@ -118,17 +121,30 @@ class WorkerDeployment:
         }
 
     async def drain(self) -> None:
-        """Leave the routers' choice, then let what runs end, in the time that Serve gives."""
-        if hasattr(self, "_worker"):
-            await self._announcer.draining()
-            await self._worker.drain(self._drain_s)
+        """Leave the routers' choice, and let what runs end in the time that Serve gives.
+
+        Raises:
+            EngineFailure: the engine is dead or stuck; what it holds must be replayed elsewhere.
+        """
+        if getattr(self, "_started", False):  # Serve may stop a replica that is still starting
+            # At once: the registry may be away just now, and admission ends here anyway.
+            await asyncio.gather(
+                drain_while_alive(self._worker, self._drain_s), self._announcer.draining()
+            )
 
     async def close(self) -> None:
-        """Leave the registry and end the worker. Idempotent; accepts a half-started replica."""
-        if hasattr(self, "_announcer"):
-            await self._announcer.withdraw()
+        """Leave the registry and end the worker. Idempotent; accepts a half-started replica.
+
+        Sessions that still have requests end here, and their routers replay them elsewhere.
+        """
+        ends = []
         if hasattr(self, "_worker"):
-            await self._worker.close()
+            ends.append(self._worker.close())
+        if hasattr(self, "_announcer"):
+            ends.append(self._announcer.withdraw())
+        for result in await asyncio.gather(*ends, return_exceptions=True):
+            if isinstance(result, BaseException):
+                raise result
 
     async def __del__(self) -> None:
         """Awaited by Serve on scale-down, redeploy, failed health and shutdown."""

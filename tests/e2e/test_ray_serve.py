@@ -1,19 +1,13 @@
 """`baton serve --demo` as a person runs it: real Ray, Serve, HAProxy, router and workers."""
 
 import json
-import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
-import sys
-import tempfile
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import psutil
@@ -21,92 +15,9 @@ import pytest
 from openai import OpenAI
 
 from cluster.demo_model import ensure_demo_model
+from tests.support.served import END_S, START_S, Served, all_listening, healthy, listening, wait_for
 
 pytestmark = pytest.mark.ray
-
-START_S = 120.0
-END_S = 30.0
-# In a folder of its own and with other people's settings out of reach.
-IGNORED = ("BATON_", "RAY_")
-
-
-def wait_for(condition: Callable[[], object], timeout_s: float, what: str) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {timeout_s:.0f} s for {what}"
-        time.sleep(0.05)
-
-
-class Served:
-    """One `baton serve`."""
-
-    def __init__(self, folder: Path, *flags: str, model: tuple[str, ...] = ()) -> None:
-        # Not in `folder`: the paths of sockets must be short.
-        self.temporary = Path(tempfile.mkdtemp(prefix="b", dir="/tmp"))
-        self._output = folder / "output"
-        arguments = model or ("--demo", "--demo-dir", str(folder / "demo"))
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(IGNORED)}
-        with self._output.open("wb") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "cluster.cli", "serve", *arguments, *flags],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment | {"TMPDIR": str(self.temporary)},
-            )
-
-    @property
-    def output(self) -> str:
-        return self._output.read_text(encoding="utf-8")
-
-    def wait_until_ready(self) -> str:
-        def told() -> bool:
-            return "baton ready" in self.output or self.process.poll() is not None
-
-        wait_for(told, START_S, "the ready line")
-        found = re.search(r"^baton ready url=(\S+) ", self.output, re.MULTILINE)
-        assert found is not None, self.output
-        return found[1]
-
-    def family(self) -> list[psutil.Process]:
-        """Every process below the command, all at once."""
-        found: list[psutil.Process] = psutil.Process(self.process.pid).children(recursive=True)
-        return found
-
-    def named(self, part: str) -> list[psutil.Process]:
-        found: list[psutil.Process] = []
-        for process in self.family():
-            try:
-                if part in " ".join([process.name(), *process.cmdline()]):
-                    found.append(process)
-            except psutil.NoSuchProcess:
-                continue
-        return found
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.terminate()
-            self.process.wait(END_S)
-        shutil.rmtree(self.temporary, ignore_errors=True)
-
-
-def listening(processes: list[psutil.Process]) -> set[int]:
-    """TCP ports that these processes listen on."""
-    ports: set[int] = set()
-    for process in processes:
-        try:
-            connections = process.net_connections(kind="tcp")
-        except psutil.Error:
-            continue
-        ports |= {c.laddr.port for c in connections if c.status == psutil.CONN_LISTEN}
-    return ports
-
-
-def all_listening() -> set[int]:
-    return {
-        c.laddr.port
-        for c in psutil.net_connections(kind="tcp")
-        if c.status == psutil.CONN_LISTEN and c.laddr
-    }
 
 
 def post(url: str, **body: Any) -> tuple[str, str]:
@@ -125,14 +36,6 @@ def complete(url: str) -> str:
     content = json.loads(body)["choices"][0]["message"]["content"]
     assert isinstance(content, str)
     return content
-
-
-def healthy(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
-            return bool(answer.status == 200)
-    except (OSError, urllib.error.URLError):
-        return False
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from cluster.front import resolve_front
+from cluster.ray_settings import RETRY_ON
 from cluster.settings import ClusterSettings, load_settings
 
 FOLDER = Path(__file__).parents[2] / "cluster_configs"
@@ -17,6 +18,7 @@ SETTINGS = sorted(FOLDER.glob("local*.yaml"))
 HAPROXY = (
     "RAY_SERVE_ENABLE_HA_PROXY=1",
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S=",
+    f"RAY_SERVE_HAPROXY_RETRY_ON='{RETRY_ON}'",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S=",
 )
 

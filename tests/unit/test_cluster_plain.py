@@ -62,19 +62,32 @@ async def test_a_worker_of_the_other_role_or_key_is_not_listed(server: RpcServer
         assert await anext(directory.watch()) == ()
 
 
-@pytest.mark.parametrize(("total", "code"), [(10, 0), (11, 1)])
+@pytest.mark.parametrize(
+    ("total", "findings", "wrong"),
+    [
+        pytest.param(10, [], "", id="good"),
+        pytest.param(11, [], "not 11", id="sums"),
+        pytest.param(10, ["blocks 4: is leased, but for no transfer"], "blocks 4", id="leak"),
+    ],
+)
 async def test_status_checks_the_ledger(
-    total: int, code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    total: int,
+    findings: list[str],
+    wrong: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("BATON_CLUSTER_KEY", CLUSTER_KEY)
-    served = await RpcServer.start(
-        "127.0.0.1", 0, cluster_key=CLUSTER_KEY, worker=worker(total=total)
-    )
+    fake = worker(total=total)
+    fake.findings = findings
+    served = await RpcServer.start("127.0.0.1", 0, cluster_key=CLUSTER_KEY, worker=fake)
     try:
         argv = ["status", "--check", f"127.0.0.1:{served.port}"]
-        assert await asyncio.to_thread(main, argv) == code
+        assert await asyncio.to_thread(main, argv) == (1 if wrong else 0)
     finally:
         await served.stop(0)
     output = capsys.readouterr().out
     assert "decode worker d-0" in output
-    assert ("not 11" in output) == (code == 1)
+    assert wrong in output
+    assert ("WRONG" in output) == bool(wrong)
+    assert ("every block is accounted for" in output) == (not wrong)
