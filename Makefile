@@ -1,6 +1,8 @@
 # make serve   install, start a router, a prefill and a decode worker here, print the URL
 # make test    install, run the tests
 # make fuzz    10,000 mutated requests (FUZZ=n) against a real split server
+# make faults  10,000 seeded faults (FAULTS=n SEED=n) under traffic on real processes
+# make soak    hours (SOAK=2h) of mixed traffic on real processes; nothing may fail or grow
 # make check   format, lint, types, imports
 # make bench   drive load at a running server
 #
@@ -16,12 +18,15 @@ VENV ?= .venv
 RATE ?= 2
 DURATION ?= 20
 FUZZ ?= 10000
+SOAK ?= 2h
+FAULTS ?= 10000
+SEED ?= 1
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test fuzz check format bench proto venv venv-dev clean
+.PHONY: help serve test fuzz faults soak check format bench proto venv venv-dev clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -35,6 +40,14 @@ test: $(VENV)/.installed-dev
 
 fuzz: $(VENV)/.installed-dev
 	@BATON_FUZZ_REQUESTS=$(FUZZ) $(BIN)/python -m pytest tests/faults/test_fuzz_requests.py
+
+faults: $(VENV)/.installed-dev
+	@mkdir -p build
+	@exec $(BIN)/python -m tests.faults.campaign --runs $(FAULTS) --seed $(SEED) \
+	  --json build/faults.json --markdown build/faults.md $(ARGS)
+
+soak: $(VENV)/.installed-dev
+	@exec $(BIN)/python -m tests.soak --duration $(SOAK) $(ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
