@@ -2,6 +2,7 @@
 # make test    install, run the tests
 # make fuzz    10,000 mutated requests (FUZZ=n) against a real split server
 # make faults  10,000 seeded faults (FAULTS=n SEED=n) under traffic on real processes
+# make faults-serve  random kills (KILLS=n SEED=n) on a whole Ray Serve cluster under traffic
 # make soak    hours (SOAK=2h) of mixed traffic on real processes; nothing may fail or grow
 # make check   format, lint, types, imports
 # make bench   drive load at a running server
@@ -21,12 +22,13 @@ FUZZ ?= 10000
 SOAK ?= 2h
 FAULTS ?= 10000
 SEED ?= 1
+KILLS ?= 20
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test fuzz faults soak check format bench proto venv venv-dev clean
+.PHONY: help serve test fuzz faults faults-serve soak check format bench proto venv venv-dev clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -45,6 +47,9 @@ faults: $(VENV)/.installed-dev
 	@mkdir -p build
 	@exec $(BIN)/python -m tests.faults.campaign --runs $(FAULTS) --seed $(SEED) \
 	  --json build/faults.json --markdown build/faults.md $(ARGS)
+
+faults-serve: $(VENV)/.installed-dev
+	@exec $(BIN)/python -m tests.faults.serve_campaign --runs $(KILLS) --seed $(SEED) $(ARGS)
 
 soak: $(VENV)/.installed-dev
 	@exec $(BIN)/python -m tests.soak --duration $(SOAK) $(ARGS)

@@ -193,7 +193,7 @@ class Handoff:
     async def prepared(self) -> None:
         """Wait until `guide` is what the request needs. Raises NotPrepared."""
         if self._preparing is not None:
-            await self._preparing
+            await asyncio.shield(self._preparing)  # whoever is cancelled here is not alone
 
     async def close(self) -> None:
         """End what still runs; after `run`."""
