@@ -53,8 +53,9 @@ def test_ledgers_are_idle_in_every_pause(short: tuple[Record, Path]) -> None:
         idle = [sample.worker for sample in record.of(role, idle=True)]
         assert len(idle) == 1 + PERIODS
         assert all(worker is not None and worker.idle for worker in idle)
-        busy = [s.worker for s in record.of(role, idle=False) if s.worker and not s.worker.idle]
-        assert busy, "no sample saw any work"
+        last = idle[-1]
+        assert last is not None
+        assert last.blocks["cached"] > 0, "it computed nothing"
     assert all(sample.running == 0 for sample in record.of("router", idle=True))
 
 
