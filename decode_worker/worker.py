@@ -132,7 +132,7 @@ class DecodeWorker:
         )
         self._info = self._host.info(self._semantic_hash)
         self._housekeeper = start_housekeeping(
-            lambda: self._overdue.tell(self._expire), self._judge_quarantine
+            lambda: self._overdue.tell(self._expire, self._requests), self._judge_quarantine
         )
         self._server = await RpcServer.start(
             self._config.host,

@@ -112,7 +112,9 @@ class PrefillWorker:
             peer=self,
         )
         self._housekeeper = start_housekeeping(
-            lambda: self._overdue.tell(self._expire), self._expire_leases, self._relieve
+            lambda: self._overdue.tell(self._expire, self._requests),
+            self._expire_leases,
+            self._relieve,
         )
         return self._config.address(self._server.port, self._incarnation)
 
@@ -268,9 +270,8 @@ class PrefillWorker:
 
     def release(self, release: Release, link: PeerSink) -> None:
         """D is done with the blocks: only its claimer can be (C2). Idempotent; rpc acknowledges."""
-        transfer_id = release.transfer_id
-        if self._exports.is_claimer(transfer_id, cast(Hashable, link), release.nonce):
-            self._finish_transfer(self._exports.release(transfer_id))
+        if self._exports.is_claimer(release.transfer_id, cast(Hashable, link), release.nonce):
+            self._finish_transfer(self._exports.release(release.transfer_id))
 
     def beat(self, link: PeerSink) -> None:
         """Renew all claims of the link (L2)."""
@@ -425,8 +426,7 @@ class PrefillWorker:
             self._finish_transfer(ended)
 
     def _expire(self, key: Key) -> None:
-        prefill = self._requests.get(key)
-        if prefill is not None:
+        if prefill := self._requests.get(key):
             self._drop(key, "aborted")
             prefill.sink.send([failed(*key, Unavailable("the request's deadline has passed"))])
 

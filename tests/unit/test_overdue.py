@@ -23,6 +23,20 @@ def test_each_key_is_told_once_and_in_its_time() -> None:
     assert told == ["soon", "late"]
 
 
+def test_keys_that_are_over_are_not_kept_until_their_deadline() -> None:
+    now = [0.0]
+    overdue = Overdue[int](lambda: now[0], grace_s=0.0)
+    told: list[int] = []
+    live = {7, 8}
+    for key in range(1000):
+        overdue.add(key, 3600.0)
+        overdue.tell(told.append, live)
+    assert len(overdue) < 100
+    now[0] = 3600.0
+    overdue.tell(told.append, live)
+    assert set(told) >= live
+
+
 async def test_a_chore_that_raises_ends_neither_itself_nor_the_others() -> None:
     calls = {"bad": 0, "good": 0}
 
