@@ -22,18 +22,18 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 from benchmarks.split_pair import SplitPair, build_model, prompts, split_pair
-from decode_worker.machine import HandoffMachine
+from decode_worker.machine import HandoffMachine, PostRead
 from engine.block_pool import BlockPool
 from engine.generations import GenerationWords
 from kv_transfer import params as transfer_params
 from kv_transfer.digest import prompt_digest
-from kv_transfer.transfer_thread import TransferThread
+from kv_transfer.flight import Flight, ReadResult
 
 
 def _users(package: str, function: Callable[..., Any]) -> list[tuple[Any, str]]:
@@ -117,8 +117,11 @@ def safety_off() -> Iterator[None]:
     """No fence, digest, mac or assertion. Nothing may be in flight when it begins or ends."""
     post = HandoffMachine._post
 
-    def post_unfenced(machine: HandoffMachine, first: int, end: int, *, words: bool) -> Any:
-        return machine._verified() if words else post(machine, first, end, words=words)
+    def post_unfenced(machine: HandoffMachine, first: int, end: int) -> Any:
+        return [
+            replace(action, fence=None) if isinstance(action, PostRead) else action
+            for action in post(machine, first, end)
+        ]
 
     def unsigned(text: str, cluster_key: str, scope: str) -> Any:
         return transfer_params._from_json(transfer_params._parse(text))
@@ -159,19 +162,14 @@ def measured_parts() -> Iterator[dict[str, tuple[int, float]]]:
 
         return call
 
-    read = TransferThread.read
+    followed = Flight._followed
 
-    async def timed_read(
-        thread: TransferThread, peer: Any, kind: Any, *args: Any, **more: Any
-    ) -> Any:
-        began = time.perf_counter()
-        result = await read(thread, peer, kind, *args, **more)
-        if kind == "words":
-            add(_WAITING, time.perf_counter() - began)
-        return result
+    def words_read(flight: Flight, result: ReadResult) -> None:
+        add(_WAITING, result.seconds)
+        followed(flight, result)
 
     with ExitStack() as patches:
-        patches.enter_context(patch.object(TransferThread, "read", timed_read))
+        patches.enter_context(patch.object(Flight, "_followed", words_read))
         for name, places in _PARTS.items():
             for owner, attribute in places:
                 function = getattr(owner, attribute)

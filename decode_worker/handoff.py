@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -54,13 +54,14 @@ from decode_worker.machine import (
 from decode_worker.peers import Peer, PeerTable, TransferMessage
 from decode_worker.quarantine import Quarantine
 from decode_worker.reserving import reserve
+from decode_worker.totals import HandoffStats
 from decode_worker.turns import Line
 from engine.guide import Guide
 from engine.host import EngineHost, needs_guide
 from engine.sequence import Reservation, blocks_for
 from kv_transfer.layout import WORD_BYTES, coalesce, slices
 from kv_transfer.params import KvTransferParams, decode_incarnation
-from kv_transfer.transfer_thread import TransferThread
+from kv_transfer.transfer_thread import Following, TransferThread
 
 _READ_BYTES = 256 << 20  # of one `read` call: its time limit is for that much
 _REPEATS_BEATS = 4  # a lease is this many beats: own deadline = last acknowledged + lease - margin
@@ -82,16 +83,6 @@ class ClaimDeniedByP(HandoffError):
     def __init__(self, cause: HandoffError) -> None:
         super().__init__(str(cause))
         self.cause = cause
-
-
-@dataclass(frozen=True, slots=True)
-class HandoffStats:
-    """What a handoff moved."""
-
-    num_bytes: int = 0
-    num_descriptors: int = 0
-    read_s: float = 0.0
-    hit_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,9 +348,9 @@ class Handoff:
         if not reservation.pin():  # taken back meanwhile (M3)
             self._do(self.machine.reclaimed(self._reserved))
             return
-        local = reservation.blocks[action.first : action.end]
-        self.tools.quarantine.posted((self, action.number), local)
-        task = self._begin(lambda: self._read(action, local))
+        first = action.first if action.fence is None else action.fence
+        self.tools.quarantine.posted((self, action.number), reservation.blocks[first : action.end])
+        task = self._begin(lambda: self._read(action, reservation.blocks))
         task.add_done_callback(lambda _: self._never_posted(action.number))
 
     def _never_posted(self, number: int) -> None:
@@ -367,27 +358,30 @@ class Handoff:
         if number not in self._handed_over:
             self._terminal(number)
 
-    async def _read(self, action: PostRead, local: list[int]) -> None:
+    async def _read(self, action: PostRead, blocks: Sequence[int]) -> None:
         """Carry a read out. Its slices stop being posted when its lease or time is over (Q3)."""
         tools, machine = self.tools, self.machine
         peer, grant = self._peer, machine.grant
         assert peer is not None
         assert grant is not None
-        rank = peer.layout.rank
-        remote = grant.block_ids[action.first : action.end]
-        if action.words:
-            tools.landing[local] = 0  # no generation is 0: an unread word never matches
-            pieces = [tuple(coalesce(remote, local, WORD_BYTES))]
-        else:
-            regions = coalesce(remote, local, rank.bytes_per_block)
-            pieces = list(slices(regions, rank.bytes_per_block))
+        rank, end = peer.layout.rank, action.end
+        remote, local = grant.block_ids[action.first : end], blocks[action.first : end]
+        regions = coalesce(remote, local, rank.bytes_per_block)
+        words: Sequence[int] = ()
+        fence = None
+        if action.fence is not None:
+            words = blocks[action.fence : end]
+            tools.landing[words] = 0  # no generation is 0: an unread word never matches
+            pieces = tuple(coalesce(grant.block_ids[action.fence : end], words, WORD_BYTES))
+            fence = Following("words", pieces, rank.words_region)
         self._handed_over.add(action.number)
         try:
             result = await tools.transfers.read(
                 peer.handle,
-                "words" if action.words else "kv",
-                pieces,
-                rank.words_region if action.words else rank.kv_region,
+                "kv",
+                list(slices(regions, rank.bytes_per_block)),
+                rank.kv_region,
+                then=fence,
                 deadline=time.monotonic() + tools.read_timeout_s,
                 lease_deadline=lambda: self._lease_until,
                 on_terminal=lambda: self._terminal(action.number),
@@ -395,16 +389,12 @@ class Handoff:
         except Exception as error:
             self._do(machine.read_failed(action.number, error))
             return
-        if action.words:
-            self._do(machine.words(action.number, tools.landing[local].tolist()))
-            return
-        stats = self.stats
-        self.stats = HandoffStats(
-            stats.num_bytes + result.num_bytes,
-            stats.num_descriptors + result.num_descriptors,
-            stats.read_s + result.seconds,
-        )
-        self._do(machine.read_done(action.number, time.monotonic()))
+        self.stats = self.stats.plus(result.num_bytes, result.num_descriptors, result.seconds)
+        if fence is None:
+            self._do(machine.read_done(action.number, time.monotonic()))
+        else:
+            found = tools.landing[words].tolist()
+            self._do(machine.words(action.number, found, time.monotonic()))
 
     def _terminal(self, number: int) -> None:
         self.tools.quarantine.terminal((self, number))

@@ -60,16 +60,18 @@ class Reserve:
 
 @dataclass(frozen=True, slots=True)
 class PostRead:
-    """Read blocks `first` to `end` of the prompt, or their generation words.
+    """Read blocks `first` to `end` of the prompt.
 
-    To be answered by `terminal` always, and by `read_done`, `words` or `read_failed` before or
-    after that; by `reclaimed` alone if the memory is gone and nothing was posted.
+    The last one comes with `fence`: when all of it is here, read the generation words of the
+    blocks from there to `end` (F5). To be answered by `terminal` always, and by `read_done`,
+    `words` (if fenced) or `read_failed` before or after that; by `reclaimed` alone if the
+    memory is gone and nothing was posted.
     """
 
     number: int
     first: int
     end: int
-    words: bool
+    fence: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,15 +343,12 @@ class HandoffMachine:
     def read_done(self, number: int, now: float) -> Actions:
         """All blocks of that read are here."""
         posting = self._result(number)
-        if posting is None:
-            return []
-        self._done = posting.end
-        self._progress_at = now
-        return self._advance()
+        return [] if posting is None else self._read_to(posting.end, now)
 
-    def words(self, number: int, found: Sequence[int]) -> Actions:
-        """The generation words of all blocks read, read after them (F5); compared here (F7)."""
-        if self._result(number) is None:
+    def words(self, number: int, found: Sequence[int], now: float) -> Actions:
+        """That read is done, and all words were read after it: compared here (F7)."""
+        posting = self._result(number)
+        if posting is None:
             return []
         assert self.grant is not None
         granted = self.grant.generations[self.hit_blocks :]
@@ -358,7 +357,12 @@ class HandoffMachine:
             return self._finish(
                 FenceBroken(f"{changed} of {len(granted)} blocks changed hands while being read")
             )
-        return self._verified()
+        return self._read_to(posting.end, now)
+
+    def _read_to(self, end: int, now: float) -> Actions:
+        self._done = end
+        self._progress_at = now
+        return self._advance()
 
     def read_failed(self, number: int, error: Exception) -> Actions:
         """That read failed or was given up; parts of it may still land."""
@@ -394,25 +398,22 @@ class HandoffMachine:
             return []
         if self._done < self.spec.num_blocks:
             ready = min(self._ready_blocks(), self._done + self.spec.max_read_blocks)
-            return self._post(self._done, ready, words=False) if ready > self._done else []
-        if not self.first_tokens:
-            return []
-        if self.hit_blocks == self.spec.num_blocks:  # nothing was read
-            return self._verified()
-        return self._post(self.hit_blocks, self.spec.num_blocks, words=True)
+            return self._post(self._done, ready) if ready > self._done else []
+        return self._verified() if self.first_tokens else []
 
     def _ready_blocks(self) -> int:
         if self._ready_tokens >= self.spec.num_tokens:
             return self.spec.num_blocks
         return self._ready_tokens // self.spec.block_size
 
-    def _post(self, first: int, end: int, *, words: bool) -> Actions:
+    def _post(self, first: int, end: int) -> Actions:
+        fence = self.hit_blocks if end == self.spec.num_blocks else None
         self._reads += 1
         self._reading = self._open[self._reads] = _Posting(self._reads, end)
         self.state = HandoffState.READ
         actions: Actions = [] if self._reading_told else [SendReading()]
         self._reading_told = True
-        return [*actions, PostRead(self._reads, first, end, words)]
+        return [*actions, PostRead(self._reads, first, end, fence)]
 
     def _verified(self) -> Actions:
         self.state = HandoffState.VERIFIED

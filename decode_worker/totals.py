@@ -2,7 +2,24 @@
 
 from dataclasses import dataclass, field
 
-from decode_worker.handoff import HandoffStats
+
+@dataclass(frozen=True, slots=True)
+class HandoffStats:
+    """What a handoff moved."""
+
+    num_bytes: int = 0
+    num_descriptors: int = 0
+    read_s: float = 0.0
+    hit_blocks: int = 0
+
+    def plus(self, num_bytes: int, num_descriptors: int, read_s: float) -> "HandoffStats":
+        """With one more read."""
+        return HandoffStats(
+            self.num_bytes + num_bytes,
+            self.num_descriptors + num_descriptors,
+            self.read_s + read_s,
+            self.hit_blocks,
+        )
 
 
 @dataclass(slots=True)

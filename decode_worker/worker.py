@@ -94,7 +94,6 @@ class DecodeWorker:
         self._housekeeper: asyncio.Task[None] | None = None
         self._server: RpcServer | None = None
         self._overdue = Overdue[Key]()
-        self._reserving = Line()  # handoffs reserve one after the other
         self._preparations = Preparations(self._host, config.max_waiting)
         self._stopping = False
         self.totals = HandoffTotals()
@@ -107,8 +106,7 @@ class DecodeWorker:
         self._semantic_hash = semantic_hash(parts.model_digest)
         layout = local_layout(parts.memory)
         name = f"{self._config.worker_id}-{self._incarnation:x}"
-        self._transfers = TransferThread(lambda: NixlConnector(name))
-        await self._transfers.start()
+        self._transfers = await TransferThread(lambda: NixlConnector(name)).start()
         landing = np.zeros(parts.cache.num_blocks, dtype=np.uint64)
         words = MemoryRegion(int(landing.ctypes.data), int(landing.nbytes))
         await self._transfers.register(layout.rank.kv_region, words)
@@ -126,7 +124,7 @@ class DecodeWorker:
             transfers=self._transfers,
             quarantine=self._quarantine,
             landing=landing,
-            line=self._reserving,
+            line=Line(),
             block_size=self._config.block_size,
             read_timeout_s=self._config.read_timeout_ms / 1000,
         )
@@ -143,8 +141,10 @@ class DecodeWorker:
         return self._config.address(self._server.port, self._incarnation)
 
     def assert_pulse(self) -> None:
-        """Raise EngineFailure if the engine is dead or stuck, or too much memory is (Q2)."""
+        """Raise EngineFailure if a thread is dead or stuck, or too much memory is (Q2)."""
         self._host.engine.assert_pulse()
+        if self._transfers is not None:
+            self._transfers.assert_pulse()
         self._watch.check(len(self._requests))
 
     async def drain(self, timeout_s: float) -> None:

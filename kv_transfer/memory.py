@@ -31,10 +31,10 @@ class MemoryHub:
         with self._lock:
             self._hold = True
 
-    def land(self) -> None:
-        """Let all held reads copy and be DONE, and hold no more."""
+    def land(self, *, hold: bool = False) -> None:
+        """Let all held reads copy and be DONE; `hold` those that come after, or no more."""
         with self._lock:
-            self._hold = False
+            self._hold = hold
             self._settle(self._posted, ReadState.DONE)
 
     def fail(self) -> None:

@@ -13,12 +13,13 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Self, TypeVar
 
-from contracts.errors import TransferFailed
+from contracts.errors import EngineFailure, TransferFailed
 from kv_transfer.connector import KvConnector, PeerHandle, ReadHandle, ReadState, RegionKind
+from kv_transfer.flight import Flight, ReadResult
 from kv_transfer.layout import MemoryRegion, Region
 
 _log = logging.getLogger(__name__)
@@ -31,14 +32,15 @@ _WAIT_SHARE = 0.01  # of the time since something last ended: a wait adds at mos
 
 
 @dataclass(frozen=True, slots=True)
-class ReadResult:
-    """How one or more reads ended. `seconds`: from the first post to the last end."""
+class Following:
+    """A read that is posted when others have landed, before anyone else is asked (F5).
 
-    ok: bool
-    num_bytes: int
-    num_descriptors: int
-    seconds: float
-    error: str = ""
+    No lease ends it: what it reads is small, and of no use if the lease is over.
+    """
+
+    kind: RegionKind
+    regions: Sequence[Region]
+    remote: MemoryRegion
 
 
 class TransferThread:
@@ -60,13 +62,20 @@ class TransferThread:
         self._in_flight: dict[ReadHandle, _Posted] = {}  # the thread's own
         self._lock = threading.Lock()  # guards _closed: nothing is queued after the last drain
         self._closed = False
+        self._fault: Exception | None = None
         self._started: Future[None] = _running_future()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
-    async def start(self) -> None:
+    async def start(self) -> Self:
         """Start the thread and wait until it has its connector; raises what making it raised."""
         self._thread.start()
         await asyncio.wrap_future(self._started)
+        return self
+
+    def assert_pulse(self) -> None:
+        """Raise EngineFailure if it has stopped on a fault: its worker can read nothing more."""
+        if self._fault is not None:
+            raise EngineFailure(f"the transfer thread failed: {self._fault!r}")
 
     async def register(self, kv: MemoryRegion, words: MemoryRegion) -> None:
         """See KvConnector."""
@@ -94,30 +103,45 @@ class TransferThread:
         it run in the transfer thread. A read outside the registered memory is `ok=False`.
         """
         future: Future[ReadResult] = _running_future()
+        self._submit(future, lambda connector: connector.post_read(peer, kind, regions, remote))
+        return future
 
-        def post(connector: KvConnector) -> None:
-            posted_at = self._clock()
-            try:
-                handle = connector.post_read(peer, kind, regions, remote)
-            except Exception as error:  # nothing was posted
-                future.set_result(ReadResult(False, 0, 0, 0.0, str(error)))
-                return
-            self._in_flight[handle] = _Posted(future, posted_at)
+    def _submit(
+        self,
+        future: Future[ReadResult],
+        post: Callable[[KvConnector], ReadHandle],
+        chain: "_Chain | None" = None,
+    ) -> None:
+        def run(connector: KvConnector) -> None:
+            self._post(connector, _Posted(future, self._clock(), chain), post)
 
         def refuse() -> None:
-            future.set_result(ReadResult(False, 0, 0, 0.0, _CLOSED))
+            _end(_Posted(future, 0.0, chain), _failed(_CLOSED))
 
-        self._put(_Command(post, refuse))
-        return future
+        self._put(_Command(run, refuse))
+
+    def _post(
+        self,
+        connector: KvConnector,
+        posted: "_Posted",
+        post: Callable[[KvConnector], ReadHandle],
+    ) -> None:
+        try:
+            handle = post(connector)
+        except Exception as error:  # nothing was posted
+            _end(posted, _failed(str(error)))
+            return
+        self._in_flight[handle] = posted
 
     async def read(
         self,
         peer: PeerHandle,
         kind: RegionKind,
-        slices: Iterable[Sequence[Region]],
+        slices: Sequence[Sequence[Region]],
         remote: MemoryRegion,
         *,
         deadline: float,
+        then: Following | None = None,
         lease_deadline: Callable[[], float] | None = None,
         on_terminal: Callable[[], None] | None = None,
         depth: int = 2,
@@ -129,6 +153,9 @@ class TransferThread:
             kind: which registered memory to read into.
             slices: each is posted as one read.
             remote: the peer's memory that `src_offset`s count from.
+            then: read this too, posted in the transfer thread the moment all slices have landed;
+                not if one of them failed or this call was given up. The result counts neither
+                its bytes nor its time.
             deadline: give up at this time of the clock; what is posted lands all the same.
             lease_deadline: asked before each post; no slice is posted after it (L1).
             on_terminal: called exactly once, on the event loop, when nothing posted by this
@@ -141,21 +168,30 @@ class TransferThread:
             TransferFailed: a read failed, or a deadline passed. Nothing more is posted after
                 that, nor after a cancellation.
         """
-        flight = _Flight(asyncio.get_running_loop(), on_terminal)
+        if then is not None and not slices:
+            raise ValueError("there is no read for another to follow")
+        flight = Flight(asyncio.get_running_loop(), on_terminal)
         started_at = self._clock()
+        chain: _Chain | None = None
+        if then is not None:
+            chain = _Chain(self, peer, then, waits_for=len(slices))
+            flight.follow(chain.future)
         try:
             for regions in slices:
                 await self._until_below(flight, depth, deadline)
                 now = self._clock()
                 if now >= deadline or (lease_deadline is not None and now >= lease_deadline()):
                     raise TransferFailed("the time for reading is over")
-                flight.add(self.submit_read(peer, kind, regions, remote))
-            await self._until_below(flight, 1, deadline)
+                future: Future[ReadResult] = _running_future()
+                flight.add(future)
+                self._submit(future, _posting(peer, kind, regions, remote), chain)
+            await self._until_below(flight, 0, deadline)
         finally:
             flight.seal()
-        return ReadResult(
-            True, flight.num_bytes, flight.num_descriptors, self._clock() - started_at
-        )
+            if chain is not None and not chain.future.done():
+                self._put(_Command(lambda _: chain.give_up(), chain.give_up))
+        seconds = self._clock() - started_at - flight.following_s
+        return ReadResult(True, flight.num_bytes, flight.num_descriptors, seconds)
 
     async def close(self, timeout_s: float = 5.0) -> bool:
         """Close the connector and end the thread; whether it ended in time. Idempotent.
@@ -174,7 +210,7 @@ class TransferThread:
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
-    async def _until_below(self, flight: "_Flight", limit: int, deadline: float) -> None:
+    async def _until_below(self, flight: "Flight", limit: int, deadline: float) -> None:
         try:
             async with asyncio.timeout(max(0.0, deadline - self._clock())):
                 await flight.until_below(limit)
@@ -213,13 +249,14 @@ class TransferThread:
         self._started.set_result(None)
         try:
             self._serve(connector)
-        except Exception:
+        except Exception as error:
+            self._fault = error
             _log.exception("the transfer thread stops on a fault of its own")
         finally:
             connector.close()  # raising here leaves the futures open: their blocks stay lost
-            for posted in self._in_flight.values():
-                posted.future.set_result(posted.result(None, self._clock(), _CLOSED))
-            self._in_flight.clear()
+            while self._in_flight:
+                _, posted = self._in_flight.popitem()
+                _end(posted, _failed(_CLOSED, self._clock() - posted.posted_at))
             self._finish()
 
     def _finish(self) -> None:
@@ -272,9 +309,12 @@ class TransferThread:
             ended = True
             del self._in_flight[handle]
             connector.release(handle)
-            ok = state is ReadState.DONE
-            error = "" if ok else "the connector reports a failed read"
-            posted.future.set_result(posted.result(handle if ok else None, self._clock(), error))
+            seconds = self._clock() - posted.posted_at
+            if state is ReadState.DONE:
+                result = ReadResult(True, handle.num_bytes, handle.num_descriptors, seconds)
+            else:
+                result = _failed("the connector reports a failed read", seconds)
+            _end(posted, result, connector)
         return ended
 
 
@@ -293,66 +333,56 @@ class _Command:
 class _Posted:
     future: Future[ReadResult]
     posted_at: float
-
-    def result(self, done: ReadHandle | None, now: float, error: str) -> ReadResult:
-        seconds = now - self.posted_at
-        if done is None:
-            return ReadResult(False, 0, 0, seconds, error)
-        return ReadResult(True, done.num_bytes, done.num_descriptors, seconds)
+    chain: "_Chain | None" = None
 
 
 @dataclass(slots=True, eq=False)
-class _Flight:
-    """The reads of one `read` call. Touched on the event loop only, but for `_tell`."""
+class _Chain:
+    """A read that follows others. Touched in the transfer thread, or once that has ended."""
 
-    loop: asyncio.AbstractEventLoop
-    on_terminal: Callable[[], None] | None
-    num_bytes: int = 0
-    num_descriptors: int = 0
-    pending: int = 0
-    error: str = ""
-    sealed: bool = False
-    landed: asyncio.Event = field(default_factory=asyncio.Event)
+    thread: TransferThread
+    peer: PeerHandle
+    following: Following
+    waits_for: int
+    future: Future[ReadResult] = field(default_factory=lambda: _running_future())
+    over: bool = False  # posted, or never to be
 
-    def add(self, future: Future[ReadResult]) -> None:
-        """Count a posted read in."""
-        self.pending += 1
-        future.add_done_callback(self._tell)
+    def ended(self, result: ReadResult, connector: KvConnector | None) -> None:
+        """One of the others has. Without a connector nothing can be posted any more."""
+        self.waits_for -= 1
+        if not result.ok or connector is None:
+            self.give_up()
+        elif not self.waits_for and not self.over:
+            self.over = True
+            posted = _Posted(self.future, self.thread._clock())
+            what = self.following
+            post = _posting(self.peer, what.kind, what.regions, what.remote)
+            self.thread._post(connector, posted, post)
 
-    async def until_below(self, limit: int) -> None:
-        """Wait until fewer than `limit` reads are pending.
+    def give_up(self) -> None:
+        """It is not wanted any more, or cannot be."""
+        if self.over:
+            return
+        self.over = True
+        with contextlib.suppress(InvalidStateError):  # closed: by two threads at once
+            self.future.set_result(_failed("the reads before it did not end well"))
 
-        Raises:
-            TransferFailed: one of them failed.
-        """
-        while not self.error and self.pending >= limit:
-            self.landed.clear()
-            await self.landed.wait()
-        if self.error:
-            raise TransferFailed(self.error)
 
-    def seal(self) -> None:
-        """No read will be added any more."""
-        self.sealed = True
-        self._report()
+def _posting(
+    peer: PeerHandle, kind: RegionKind, regions: Sequence[Region], remote: MemoryRegion
+) -> Callable[[KvConnector], ReadHandle]:
+    return lambda connector: connector.post_read(peer, kind, regions, remote)
 
-    def _tell(self, future: Future[ReadResult]) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
-            self.loop.call_soon_threadsafe(self._land, future.result())
 
-    def _land(self, result: ReadResult) -> None:
-        self.pending -= 1
-        self.num_bytes += result.num_bytes
-        self.num_descriptors += result.num_descriptors
-        if not result.ok and not self.error:
-            self.error = result.error
-        self.landed.set()
-        self._report()
+def _end(posted: _Posted, result: ReadResult, connector: KvConnector | None = None) -> None:
+    """Nothing of that read can write any more."""
+    posted.future.set_result(result)
+    if posted.chain is not None:
+        posted.chain.ended(result, connector)
 
-    def _report(self) -> None:
-        if self.sealed and not self.pending and self.on_terminal is not None:
-            callback, self.on_terminal = self.on_terminal, None
-            callback()
+
+def _failed(error: str, seconds: float = 0.0) -> ReadResult:
+    return ReadResult(False, 0, 0, seconds, error)
 
 
 def _running_future() -> Future[_T]:

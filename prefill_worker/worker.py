@@ -98,8 +98,7 @@ class PrefillWorker:
         self._semantic_hash = semantic_hash(parts.model_digest)
         self._layout = local_layout(parts.memory)
         name = f"{self._config.worker_id}-{self._incarnation:x}"
-        self._transfers = TransferThread(lambda: NixlConnector(name))
-        await self._transfers.start()
+        self._transfers = await TransferThread(lambda: NixlConnector(name)).start()
         rank = self._layout.rank
         await self._transfers.register(rank.kv_region, rank.words_region)
         self._metadata = await self._transfers.agent_metadata()

@@ -247,7 +247,7 @@ async def test_the_transfer_thread_reads_slices(world: World, remote: Remote) ->
     result = await thread.read(
         peer,
         "kv",
-        slices(blocks(ids, ids), BYTES_PER_BLOCK, max_bytes=5 * BYTES_PER_BLOCK),
+        list(slices(blocks(ids, ids), BYTES_PER_BLOCK, max_bytes=5 * BYTES_PER_BLOCK)),
         remote.kv,
         deadline=time.monotonic() + TIME_LIMIT_S,
         on_terminal=lambda: ended.append("terminal"),

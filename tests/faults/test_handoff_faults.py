@@ -18,7 +18,7 @@ from contracts.request import GenerationRequest
 from contracts.sampling import SamplingParams
 from contracts.worker import Role
 from engine.scheduler import Scheduler
-from kv_transfer.transfer_thread import TransferThread
+from kv_transfer.transfer_thread import TransferThread, _Chain
 from tests.support.reference import greedy
 from tests.support.split_cluster import SplitCluster, split_cluster
 from tests.support.tiny_models import VOCAB, build_tiny
@@ -60,19 +60,17 @@ async def test_reused_blocks_are_detected(
     cluster: SplitCluster, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """P frees and reuses exported blocks between D's data reads and its check of the words."""
-    original = TransferThread.read
+    landed = _Chain.ended
 
-    async def read(self: TransferThread, peer: Any, kind: str, *rest: Any, **options: Any) -> Any:
-        if kind == "words":
+    def reuse(scheduler: Scheduler) -> None:
+        for block in scheduler.pool.holders("leased"):
+            scheduler.pool.generations.bump(block)
 
-            def reuse(scheduler: Scheduler) -> None:
-                for block in scheduler.pool.holders("leased"):
-                    scheduler.pool.generations.bump(block)
+    def ended(self: _Chain, *args: Any) -> None:
+        cluster.prefill._host.call(reuse).result(10)
+        landed(self, *args)
 
-            await asyncio.wrap_future(cluster.prefill._host.call(reuse))
-        return await original(self, peer, kind, *rest, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(TransferThread, "read", read)
+    monkeypatch.setattr(_Chain, "ended", ended)
     prompt = prompt_of(70)
     answer = await cluster.generate(prompt, PARAMS)
     assert answer.tokens[0] == greedy(llama, "llama", prompt, NEW)
@@ -323,9 +321,11 @@ async def test_an_abort_while_reserving_gives_the_blocks_back(cluster: SplitClus
     await cluster.until(answer, lambda: bool(answer.tokens[0]))
     busy = threading.Event()
     cluster.decode._host.call(lambda _: busy.wait(10))
+    assert cluster.decode._tools is not None
+    line = cluster.decode._tools.line
     try:
         cluster.sessions[Role.DECODE].adopt(request, params)
-        await until(lambda: len(cluster.decode._reserving) == 1)
+        await until(lambda: len(line) == 1)
         cluster.sessions[Role.DECODE].abort(request.request_id, 0)
         await until(lambda: cluster.prefill.status()["transfers"] == 0)
     finally:

@@ -151,6 +151,11 @@ class Handoffs(RuleBasedStateMachine):
     def scribble(self, count: int) -> None:
         self.p.scribble(min(count, self.p.pool.available) or 1)
 
+    @rule(which=st.integers(0, 5))
+    def reuse(self, which: int) -> None:
+        """P breaks its word: it gives exported blocks to another while D may read them."""
+        self.revoke(which, "pressure", tell=False, scribble=True)
+
     @rule()
     def expire(self) -> None:
         for ended in self.p.exports.expired():
@@ -301,10 +306,12 @@ class Handoffs(RuleBasedStateMachine):
             if not read.p.alive:
                 continue
             assert self.may_be_written(target), "a late read writes another's block"
-            if read.words:
+            if read.verifying:
                 (read.landed_words[target],) = read.p.words.read([source])
             else:
                 self.content[target] = read.p.content[source]
+            if not read.left and read.fence and not read.verifying and not read.told:
+                read.left, read.verifying = list(read.fence), True
         if not read.left:
             self.ended(read, failed=not read.p.alive)
 
@@ -334,9 +341,9 @@ class Handoffs(RuleBasedStateMachine):
         machine = read.handoff.machine
         if failed:
             read.handoff.do(machine.read_failed(read.number, TransferFailed("read")))
-        elif read.words:
-            found = [read.landed_words[target] for _, target in read.pairs]
-            read.handoff.do(machine.words(read.number, found))
+        elif read.verifying:
+            found = [read.landed_words[target] for _, target in read.fence]
+            read.handoff.do(machine.words(read.number, found, self.now))
         else:
             read.handoff.do(machine.read_done(read.number, self.now))
 
@@ -360,7 +367,7 @@ class Handoffs(RuleBasedStateMachine):
             over = driver.machine.state in (m.HandoffState.RUN, m.HandoffState.OVER)
             assert driver.finished == over
             if driver.machine.state is m.HandoffState.OVER:
-                assert driver.reservation is None
+                assert driver.reservation is None or driver.reservation.reclaimed
 
     def teardown(self) -> None:
         if not hasattr(self, "drivers"):
@@ -390,4 +397,4 @@ class Handoffs(RuleBasedStateMachine):
 
 
 TestHandoffs = Handoffs.TestCase
-TestHandoffs.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)
+TestHandoffs.settings = settings(max_examples=200, stateful_step_count=60, deadline=None)

@@ -120,10 +120,10 @@ class Read:
 
     handoff: "Driver"
     number: int
-    words: bool
-    pairs: list[tuple[int, int]]  # P's block, D's block
     p: Prefill
-    left: list[tuple[int, int]]
+    left: list[tuple[int, int]]  # P's block, D's block
+    fence: list[tuple[int, int]]  # whose words are read when all has landed
+    verifying: bool = False  # that has begun
     landed_words: dict[int, int] = field(default_factory=dict[int, int])
     told: bool = False  # its result
 
@@ -214,11 +214,15 @@ class Driver:
         if not self.reservation.pin():
             self.do(self.machine.reclaimed(self.reserved_number))
             return
-        local = self.reservation.blocks[action.first : action.end]
-        remote = self.machine.grant.block_ids[action.first : action.end]
-        pairs = list(zip(remote, local, strict=True))
-        self.world.quarantine.posted((self, action.number), local)
-        read = Read(self, action.number, action.words, pairs, self.p, list(pairs))
+        ours, theirs = self.reservation.blocks, self.machine.grant.block_ids
+        first, end = action.first, action.end
+        pairs = list(zip(theirs[first:end], ours[first:end], strict=True))
+        fence: list[tuple[int, int]] = []
+        if action.fence is not None:
+            first = action.fence
+            fence = list(zip(theirs[first:end], ours[first:end], strict=True))
+        self.world.quarantine.posted((self, action.number), ours[first:end])
+        read = Read(self, action.number, self.p, pairs, fence)
         self.world.reads.append(read)
         if self.world.now >= self.lease_until:  # the connector is not given it (L1)
             read.left = []

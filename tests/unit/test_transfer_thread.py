@@ -7,11 +7,12 @@ from collections.abc import AsyncIterator, Callable
 import numpy as np
 import pytest
 
-from contracts.errors import TransferFailed
-from kv_transfer.connector import KvConnector, PeerHandle
+from contracts.errors import EngineFailure, TransferFailed
+from kv_transfer.connector import KvConnector, PeerHandle, ReadState
+from kv_transfer.flight import ReadResult
 from kv_transfer.layout import MemoryRegion, Region
 from kv_transfer.memory import MemoryConnector, MemoryHub
-from kv_transfer.transfer_thread import TransferThread
+from kv_transfer.transfer_thread import Following, TransferThread
 
 SIZE = 4096
 TIME_LIMIT_S = 10.0
@@ -37,20 +38,27 @@ class Bench:
         self.thread = TransferThread(lambda: MemoryConnector("d", self.hub))
         self.peer = PeerHandle("")
         self.ended: list[str] = []
+        self.landing = np.zeros(8, dtype=np.uint64)
 
     async def open(self) -> None:
         await self.thread.start()
         await self.thread.register(
-            MemoryRegion(self.ours.ctypes.data, SIZE), MemoryRegion(self.words.ctypes.data, 64)
+            MemoryRegion(self.ours.ctypes.data, SIZE), MemoryRegion(self.landing.ctypes.data, 64)
         )
         self.peer = await self.thread.add_peer(self.exporter.agent_metadata())
+
+    @property
+    def fence(self) -> Following:
+        """Of the first two words."""
+        return Following("words", [Region(0, 0, 16)], MemoryRegion(self.words.ctypes.data, 64))
 
     def read(
         self,
         count: int,
         timeout_s: float = TIME_LIMIT_S,
         lease_deadline: Callable[[], float] | None = None,
-    ) -> "asyncio.Task[object]":
+        then: Following | None = None,
+    ) -> "asyncio.Task[ReadResult]":
         slices = [[Region(i * 8, i * 8, 8)] for i in range(count)]
         return asyncio.ensure_future(
             self.thread.read(
@@ -61,6 +69,7 @@ class Bench:
                 deadline=time.monotonic() + timeout_s,
                 on_terminal=lambda: self.ended.append("terminal"),
                 lease_deadline=lease_deadline,
+                then=then,
             )
         )
 
@@ -139,6 +148,68 @@ async def test_a_read_of_nothing_is_over(bench: Bench) -> None:
     assert bench.ended == ["terminal"]
 
 
+async def test_what_follows_is_read_when_all_slices_have_landed(bench: Bench) -> None:
+    """F5: the words as they are then, not as they were when the slices were posted."""
+    bench.hub.hold()
+    task = bench.read(count=3, then=bench.fence)
+    await until(lambda: bench.hub.num_held == 2)
+    bench.hub.land(hold=True)
+    await until(lambda: bench.hub.num_held == 1)  # slice 3
+    assert not bench.landing.any()
+    bench.words[:2] = 7, 9
+    bench.hub.land()
+    result = await task
+    assert bench.landing[:3].tolist() == [7, 9, 0]
+    assert (result.num_bytes, result.num_descriptors) == (24, 3)  # without the words
+    assert bench.ended == ["terminal"]
+
+
+async def test_what_follows_is_waited_for_after_a_cancellation(bench: Bench) -> None:
+    """Q1: once posted, it may write as late as any other."""
+    bench.hub.hold()
+    task = bench.read(count=1, then=bench.fence)
+    await until(lambda: bench.hub.num_held == 1)
+    bench.hub.land(hold=True)
+    await until(lambda: bench.hub.num_held == 1)  # the words
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await bench.thread.agent_metadata()  # it has seen the cancellation
+    await asyncio.sleep(0)
+    assert bench.ended == []
+    bench.hub.land()
+    await until(lambda: bench.ended == ["terminal"])
+
+
+@pytest.mark.parametrize("how", ["cancelled", "failed", "late", "closed"])
+async def test_what_follows_is_not_read_after_what_did_not_end_well(bench: Bench, how: str) -> None:
+    bench.words[:2] = 7, 9
+    bench.hub.hold()
+    timeout_s = 0.01 if how == "late" else TIME_LIMIT_S
+    task = bench.read(count=3, then=bench.fence, timeout_s=timeout_s)
+    if how != "late":
+        await until(lambda: bench.hub.num_held == 2)
+    match how:
+        case "cancelled":
+            task.cancel()
+        case "failed":
+            bench.hub.fail()
+        case "closed":
+            assert await bench.thread.close(TIME_LIMIT_S)
+    with pytest.raises((TransferFailed, asyncio.CancelledError)):
+        await task
+    if how in ("cancelled", "late"):
+        assert bench.ended == []
+        bench.hub.land()
+    await until(lambda: bench.ended == ["terminal"])
+    assert not bench.landing.any()
+
+
+async def test_nothing_cannot_be_followed(bench: Bench) -> None:
+    with pytest.raises(ValueError, match="follow"):
+        await bench.read(count=0, then=bench.fence)
+
+
 async def test_what_cannot_be_posted_is_over(bench: Bench) -> None:
     future = bench.thread.submit_read(bench.peer, "kv", [Region(0, 0, SIZE + 1)], bench.remote)
     result = await asyncio.wrap_future(future)
@@ -189,6 +260,22 @@ async def test_errors_of_the_connector_reach_the_caller(bench: Bench) -> None:
     bench.hub.land()
     await asyncio.wrap_future(future)
     await bench.thread.remove_peer(bench.peer)
+
+
+async def test_a_fault_of_the_connector_is_told_to_who_watches(bench: Bench) -> None:
+    """A D that can read nothing any more is to be replaced, not to recompute for ever."""
+    bench.thread.assert_pulse()
+    task = bench.read(count=1)
+
+    def broken(self: MemoryConnector, handle: object) -> ReadState:
+        raise OSError("no such device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MemoryConnector, "poll", broken)
+        with pytest.raises(TransferFailed, match="closed"):
+            await task
+    with pytest.raises(EngineFailure, match="no such device"):
+        bench.thread.assert_pulse()
 
 
 async def test_a_connector_that_cannot_be_made_is_reported() -> None:

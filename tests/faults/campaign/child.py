@@ -28,7 +28,8 @@ from router.app import create_app, open_grpc_session
 from router.config import RouterConfig
 from router.middleware import sent_request_id
 from tests.faults.campaign.channel import Served
-from tests.faults.campaign.hooks import Hooks, Reading, Trap
+from tests.faults.campaign.hooks import Hooks
+from tests.faults.campaign.traps import Reading, Trap
 
 _SEND_BUFFER_BYTES = 8192  # small, so that a client that reads slowly is felt soon
 

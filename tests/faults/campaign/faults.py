@@ -82,16 +82,18 @@ def leaving(window: str, moment: tuple[str, int]) -> Callable[[Run], Awaitable[N
     async def work(run: Run) -> None:
         run.victim.may = "left"
         left_at = 0.0
+        # Nothing can be freed within a step, nor under a posted read.
+        held = moment[0].endswith(("_compute", "_words"))
 
         async def leave(at: str) -> None:
             nonlocal left_at
             left_at = run.victim.client.leave(abruptly=run.draws.random() < 0.5)
-            if moment[0].endswith("_compute"):  # nothing can be freed within a step
+            if held:
                 return
             await run.released([run.victim], "client", window, left_at)
 
         await at_moment(run, moment, leave)
-        if left_at and moment[0].endswith("_compute"):
+        if left_at and held:
             await run.released([run.victim], "client", window, time.monotonic())
 
     return work

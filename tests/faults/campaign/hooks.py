@@ -14,11 +14,10 @@ import asyncio
 import contextvars
 import ctypes
 import itertools
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -35,42 +34,11 @@ from kv_transfer.connector import ReadHandle, ReadState
 from kv_transfer.layout import WORD_BYTES, Region
 from kv_transfer.leases import Ended, ExportState, ExportTable
 from kv_transfer.nixl import NixlConnector
-from kv_transfer.transfer_thread import TransferThread
+from kv_transfer.transfer_thread import Following, TransferThread
 from rpc.peer_client import PeerLink
+from tests.faults.campaign.traps import MAX_HELD_S, Late, Named, Reading, Trap
 
-MAX_HELD_S = 10.0
 _request: contextvars.ContextVar[str] = contextvars.ContextVar("request", default="")
-
-
-@dataclass(eq=False)
-class Trap:
-    """Stops a request whose id begins with `prefix`, the `skip`-th time after the first."""
-
-    number: int
-    point: str
-    prefix: str
-    skip: int
-    hit: bool = False
-    opened: threading.Event = field(default_factory=threading.Event)
-
-
-@dataclass(eq=False)
-class Reading:
-    """`count` reads of `kind` (empty: any) fail, or land `late_s` after they were posted."""
-
-    kind: str
-    count: int
-    late_s: float = 0.0  # 0: they fail
-    until: float = 0.0
-
-
-@dataclass(eq=False)
-class _Late:
-    """A read that is posted later, as if the network had it."""
-
-    due: float
-    post: Callable[[], ReadHandle]
-    real: ReadHandle | None = None
 
 
 class Hooks:
@@ -95,7 +63,7 @@ class Hooks:
         self.generations: dict[int, int] = {}  # by P's block, as granted last
         self.words: dict[ReadHandle, Sequence[Region]] = {}
         self.step_requests: set[str] = set()
-        self._late: dict[ReadHandle, _Late] = {}
+        self._late: dict[ReadHandle, Late] = {}
 
     # -- traps ------------------------------------------------------------------------------
 
@@ -316,17 +284,22 @@ class Hooks:
             link: PeerLink = await open_link(cls, hooks.peers.get(address, address), **kwargs)
             return link
 
-        async def stopping(self: TransferThread, to: Any, kind: str, *args: Any, **kw: Any) -> Any:
+        async def stopping(
+            self: TransferThread, *args: Any, then: Following | None = None, **kw: Any
+        ) -> Any:
             try:
-                await hooks.stop_at("d_words" if kind == "words" else "d_read")
+                await hooks.stop_at("d_read")
             except BaseException:
                 told = kw.get("on_terminal")  # nothing was posted
                 if told is not None:
                     told()
                 raise
-            result = await read(self, to, kind, *args, **kw)  # type: ignore[arg-type]
-            if kind == "words":
-                await hooks.stop_at("d_verified")
+            if then is None:
+                return await read(self, *args, **kw)
+            words = Named(then.regions)
+            words.request = _request.get()
+            result = await read(self, *args, then=replace(then, regions=words), **kw)
+            await hooks.stop_at("d_verified")
             return result
 
         def hear(self: PeerTable, link: PeerLink, message: Any) -> None:
@@ -364,15 +337,21 @@ class Hooks:
 
         def posted(self: NixlConnector, peer: Any, kind: Any, regions: Any, remote: Any) -> Any:
             reading = hooks.reading(kind)
-            if reading is None:
+            trap = None
+            if reading is None and isinstance(regions, Named):
+                trap = hooks.find("d_words", [regions.request])
+            if reading is None and trap is None:
                 posted_handle = post(self, peer, kind, regions, remote)
                 if hooks.fence_off and kind == "words":
                     hooks.words[posted_handle] = regions
                 return posted_handle
             handle = ReadHandle(peer, sum(r.length for r in regions), len(regions))
-            due = time.monotonic() + reading.late_s if reading.late_s else -1.0
-            hooks._late[handle] = _Late(due, lambda: post(self, peer, kind, regions, remote))
-            hooks.tell("reading", next(numbers))
+            now = time.monotonic()
+            late = Late(now + MAX_HELD_S, lambda: post(self, peer, kind, regions, remote), trap)
+            if reading is not None:
+                late.due = now + reading.late_s if reading.late_s else -1.0
+                hooks.tell("reading", next(numbers))
+            hooks._late[handle] = late
             return handle
 
         def polled(self: NixlConnector, handle: ReadHandle) -> ReadState:
@@ -385,7 +364,8 @@ class Hooks:
             if late.due < 0:
                 return ReadState.FAILED
             if late.real is None:
-                if time.monotonic() < late.due:
+                opened = late.trap is not None and late.trap.opened.is_set()
+                if time.monotonic() < late.due and not opened:
                     return ReadState.PENDING
                 late.real = late.post()
             return poll(self, late.real)
