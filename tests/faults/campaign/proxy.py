@@ -34,8 +34,9 @@ class _End(asyncio.Protocol):
         self._forward(data)
 
     def _forward(self, data: bytes) -> None:
-        if self.other is not None and self.other.transport is not None:
-            self.other.transport.write(data)
+        to = None if self.other is None else self.other.transport
+        if to is not None and not to.is_closing():
+            to.write(data)
 
     def flush(self) -> None:
         """Pass on what was held, if nothing holds it any more."""
