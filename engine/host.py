@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from contracts.memory import KvMemory
 from contracts.request import GenerationRequest
 from contracts.sampling import SamplingParams
 from contracts.worker import WorkerConfig, WorkerInfo
+from engine.attention.native_build import native_library
 from engine.attention.select import select_backend
 from engine.audit import Finding, Known, lines
 from engine.block_pool import BlockPool, Ledger
@@ -27,6 +29,7 @@ from engine.guide import Guide
 from engine.kv_cache import KvCache
 from engine.loop import Engine
 from engine.model import LoadedModel, load_model
+from engine.packed import Packing, pack
 from engine.plan import Chunk, SampleSlot, StepPlan, StepResult
 from engine.probe import probe
 from engine.processors import resolve
@@ -139,6 +142,9 @@ def build(config: WorkerConfig, incarnation: Incarnation) -> tuple[EngineParts, 
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
+    compiling = threading.Thread(target=native_library, name="baton-compile", daemon=True)
+    if config.device == "cpu":
+        compiling.start()  # a few seconds at the first start on a machine
     model = load_model(config.model_path, config.device, config.dtype, config.max_model_len)
     spec = model.kv_spec(config.block_size)
     num_blocks = spec.blocks_in(config.kv_memory_bytes)
@@ -155,11 +161,13 @@ def build(config: WorkerConfig, incarnation: Incarnation) -> tuple[EngineParts, 
             f"{config.kv_memory_bytes >> 20} MiB of KV memory hold only {capacity} tokens; "
             "raise --kv-memory"
         )
+    if compiling.ident is not None:
+        compiling.join()
     cache = KvCache(spec, num_blocks, model.device)
     head_dim = model.head_dim
     backend = select_backend(model.device, model.dtype, head_dim)
     runner = ModelRunner(model, cache, backend)
-    difference = probe(runner)
+    difference = _probe_packed(runner)
     log.info(
         "model ready: %s layers, %d KV blocks of %d tokens, attention %s, probe difference %.2g",
         model.num_layers,
@@ -190,6 +198,19 @@ def build(config: WorkerConfig, incarnation: Incarnation) -> tuple[EngineParts, 
     }
     parts = EngineParts(model, cache, words, scheduler, backend.name, max_model_len, digest)
     return parts, ModelComputer(runner)
+
+
+def _probe_packed(runner: ModelRunner) -> float:
+    """`probe`, with faster layers if the model is on the CPU and served right that way."""
+    packing = pack(runner.model.module) if runner.model.device.type == "cpu" else Packing()
+    try:
+        return probe(runner)
+    except Exception as error:
+        if not packing.replaced:
+            raise
+        log.warning("the layers stay as they are: with faster ones, %s", error)
+        packing.undo()
+        return probe(runner)
 
 
 class EngineHost:

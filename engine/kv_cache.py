@@ -108,6 +108,17 @@ class KvCache:
         """Views on a layer's keys and values, each [num_blocks, block_size, kv_heads, head_dim]."""
         return self.tensor[:, index, 0], self.tensor[:, index, 1]
 
+    @property
+    def elements_per_block(self) -> int:
+        """Distance, in elements, between the same place of neighbouring blocks."""
+        return int(self.tensor.stride(0))
+
+    def layer_addresses(self, index: int) -> tuple[int, int]:
+        """Where a layer's keys and values of block 0 begin, in this process's memory."""
+        panel = self.tensor.stride(2) * self.tensor.element_size()
+        keys = self.tensor.data_ptr() + 2 * index * panel
+        return keys, keys + panel
+
     def write(self, layer: int, rows: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store new tokens.
 

@@ -58,9 +58,6 @@ class _Decode:
     hidden: torch.Tensor | None
 
 
-_Pieces = tuple[list[_Prefill], list[_Decode]]
-
-
 class SdpaBackend:
     """Implements AttentionBackend on any device."""
 
@@ -73,13 +70,15 @@ class SdpaBackend:
         self._score_elements = score_elements
         self._batch: StepBatch | None = None
         self._cache: KvCache | None = None
-        self._pieces: dict[tuple[int | None, int, bool], _Pieces] = {}
+        self._prefills: dict[tuple[int | None, int, bool], list[_Prefill]] = {}
+        self._decodes: dict[int | None, list[_Decode]] = {}
 
     def prepare(self, batch: StepBatch, cache: KvCache) -> None:
         """Take the step; index tensors are made when the first layer of a kind asks for them."""
         self._batch = batch
         self._cache = cache
-        self._pieces = {}
+        self._prefills = {}
+        self._decodes = {}
 
     def forward(
         self,
@@ -105,12 +104,25 @@ class SdpaBackend:
     ) -> torch.Tensor:
         """`forward` without the write, for keys and values that are in the cache already."""
         assert self._cache is not None
-        cache = self._cache
-        explicit = layer.softcap is not None or layer.has_sinks
-        prefills, decodes = self._pieces_for(layer, explicit)
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        working = query.to(cache.spec.dtype)
-        for prefill in prefills:
+        working = query.to(self._cache.spec.dtype)
+        self._attend_prefills(layer, working, key, value, sinks, out)
+        self._attend_decodes(layer, working, sinks, out)
+        return out
+
+    def _attend_prefills(
+        self,
+        layer: AttentionLayer,
+        working: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        sinks: torch.Tensor | None,
+        out: torch.Tensor,
+    ) -> None:
+        """The chunks' rows of `out`; `working` is the query in the cache's dtype."""
+        assert self._cache is not None
+        cache = self._cache
+        for prefill in self._prefills_for(layer):
             rows = slice(prefill.first_row, prefill.last_row)
             if prefill.panels is None:
                 keys, values = key[rows].to(working.dtype), value[rows].to(working.dtype)
@@ -126,7 +138,18 @@ class SdpaBackend:
                     tile.mask,
                     sinks,
                 )
-        for decode in decodes:
+
+    def _attend_decodes(
+        self,
+        layer: AttentionLayer,
+        working: torch.Tensor,
+        sinks: torch.Tensor | None,
+        out: torch.Tensor,
+    ) -> None:
+        """The single tokens' rows of `out`."""
+        assert self._cache is not None
+        cache = self._cache
+        for decode in self._decodes_for(layer):
             keys, values = cache.gather(layer.index, decode.panels)
             if decode.hidden is not None:
                 keys.index_fill_(0, decode.hidden, 0)
@@ -137,34 +160,43 @@ class SdpaBackend:
             out[decode.rows] = _attend_rows(
                 layer, working[decode.rows], keys, values, decode.mask, sinks
             ).to(out.dtype)
-        return out
 
-    def _pieces_for(self, layer: AttentionLayer, explicit: bool) -> _Pieces:
+    def _prefills_for(self, layer: AttentionLayer) -> list[_Prefill]:
+        explicit = is_explicit(layer)
         tile_elements = self._score_elements // layer.num_heads if explicit else self._mask_elements
         kind = (layer.window, tile_elements, explicit)
-        pieces = self._pieces.get(kind)
-        if pieces is None:
+        found = self._prefills.get(kind)
+        if found is None:
+            batch, cache = self._batch, self._cache
+            assert batch is not None
+            assert cache is not None
+            found = self._prefills[kind] = [
+                _cut_prefill(batch, cache, int(index), layer.window, tile_elements, explicit)
+                for index in np.flatnonzero(batch.query_lens > 1)
+            ]
+        return found
+
+    def _decodes_for(self, layer: AttentionLayer) -> list[_Decode]:
+        found = self._decodes.get(layer.window)
+        if found is None:
             assert self._batch is not None
             assert self._cache is not None
-            pieces = _cut(self._batch, self._cache, layer.window, tile_elements, explicit)
-            self._pieces[kind] = pieces
-        return pieces
+            found = self._decodes[layer.window] = _cut_decodes(
+                self._batch, self._cache, layer.window
+            )
+        return found
 
 
-def _cut(
-    batch: StepBatch, cache: KvCache, window: int | None, tile_elements: int, explicit: bool
-) -> _Pieces:
-    """Cut a step into calls of the attention function."""
-    prefills: list[_Prefill] = []
-    single: list[int] = []
-    for index, length in enumerate(batch.query_lens.tolist()):
-        if length == 1:
-            single.append(index)
-        else:
-            prefills.append(_cut_prefill(batch, cache, index, window, tile_elements, explicit))
-    if not single:
-        return prefills, []
-    sequences = np.asarray(single, dtype=np.int64)
+def is_explicit(layer: AttentionLayer) -> bool:
+    """Whether torch's fused attention does not know what the layer needs."""
+    return layer.softcap is not None or layer.has_sinks
+
+
+def _cut_decodes(batch: StepBatch, cache: KvCache, window: int | None) -> list[_Decode]:
+    """Cut a step's single tokens into calls of the attention function."""
+    sequences = np.flatnonzero(batch.query_lens == 1)
+    if not len(sequences):
+        return []
     ends = batch.kv_lens[sequences]
     begins = np.zeros_like(ends) if window is None else np.maximum(ends - window, 0)
     block_size = cache.block_size
@@ -185,7 +217,7 @@ def _cut(
                 cache,
             )
         )
-    return prefills, decodes
+    return decodes
 
 
 def _cut_prefill(
@@ -289,7 +321,7 @@ def _attend_chunk(
     length = query.shape[0]
     grouped = query.view(length, layer.num_kv_heads, -1, layer.head_dim)
     key, value = key.transpose(0, 1), value.transpose(0, 1)
-    if layer.softcap is not None or layer.has_sinks:
+    if is_explicit(layer):
         # [1, kv_heads, heads per kv head, queries, dim]
         result = _explicit(
             layer, grouped.permute(1, 2, 0, 3)[None], key[None], value[None], mask, sinks
@@ -321,7 +353,7 @@ def _attend_rows(
     # The heads that share a KV head become its queries: no causality among them is meant.
     grouped = query.view(batch, layer.num_kv_heads, -1, layer.head_dim)
     key, value = key.transpose(1, 2), value.transpose(1, 2)
-    if layer.softcap is not None or layer.has_sinks:
+    if is_explicit(layer):
         wide = None if mask is None else mask[:, :, :, None]
         result = _explicit(layer, grouped[:, :, :, None], key, value, wide, sinks)
     else:

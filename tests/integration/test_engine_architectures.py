@@ -20,6 +20,7 @@ from engine.attention.cpu import SdpaBackend
 from engine.attention.select import select_backend
 from engine.kv_cache import KvCache
 from engine.model import LoadedModel, load_model
+from engine.packed import pack
 from engine.plan import Chunk, SampleSlot, StepPlan
 from engine.probe import probe
 from engine.runner import ModelRunner
@@ -129,7 +130,9 @@ def runner_of(model: LoadedModel, backend: SdpaBackend | None = None) -> ModelRu
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_greedy_tokens_equal_transformers(arch: str, models: Any) -> None:
     folder = models(arch)
-    runner = runner_of(load_model(folder))
+    model = load_model(folder)
+    pack(model.module)
+    runner = runner_of(model)
     assert probe(runner) < 1e-4
     running = greedy(runner, prompts())
     for item in running:

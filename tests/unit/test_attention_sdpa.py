@@ -7,7 +7,6 @@ import torch
 from engine.attention.base import AttentionLayer, StepBatch
 from engine.attention.cpu import SdpaBackend
 from engine.attention.cuda import flashinfer_fits
-from engine.attention.select import select_backend
 from engine.kv_cache import KvCache, KvSpec
 from tests.support.dense_attention import BLOCK, check, dense, layer
 
@@ -73,10 +72,6 @@ def test_queries_need_not_be_contiguous_or_of_the_cache_dtype() -> None:
     stored, _ = cache.layer(1)
     torch.testing.assert_close(stored[2], key[:4].bfloat16())
     torch.testing.assert_close(stored[0, :2], key[4:].bfloat16())
-
-
-def test_the_cpu_gets_the_plain_backend() -> None:
-    assert select_backend(torch.device("cpu")).name == "sdpa-paged"
 
 
 def test_flashinfer_is_not_chosen_where_it_has_no_kernels() -> None:
