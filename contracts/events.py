@@ -44,10 +44,11 @@ class PromptScores:
     entries: tuple[PromptLogprob, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)  # not frozen, which makes it four times as dear to make
 class TokensOut:
     """New tokens of one choice. `position` is that of the first of them (0 = first output).
 
+    Never changed once made, like all messages here; a step makes one for each sequence.
     Beams say nothing until all are known: then one message a choice, best first, with `finish`.
     What P found for them comes as position 0 of choice 0, with the candidates as its `logprobs`.
     """

@@ -28,6 +28,8 @@ _ONE = (0, 0, *(1 << _FIELD_BITS * field for field in range(4)))  # one holder t
 # By the number of bits of the holders; none: see there whether the block is cached.
 _STATE = (_CACHED, *(state for state in range(_OWNED, 6) for _ in range(_FIELD_BITS)))
 
+_BLOCK_DIGEST = hashlib.blake2b(digest_size=16, person=b"baton-block")  # of nothing yet; copied
+
 
 class LedgerFault(Exception):
     """The pool contradicts itself: some block has no state, or two.
@@ -83,8 +85,9 @@ def root_key(cache_salt: str) -> bytes:
 
 def block_key(parent: bytes, token_ids: Iterable[int]) -> bytes:
     """128-bit cryptographic key of a full block: its parent's key and its token ids."""
-    ids = array("I", token_ids).tobytes()
-    return hashlib.blake2b(parent + ids, digest_size=16, person=b"baton-block").digest()
+    digest = _BLOCK_DIGEST.copy()
+    digest.update(parent + array("I", token_ids).tobytes())
+    return digest.digest()
 
 
 class BlockPool:

@@ -137,7 +137,8 @@ class Handoffs:
         full = num_computed // self._block_size
         arrival = roster.arrive()
         spare = list(reservation.spare)
-        own: list[int] | None = list(reservation.blocks)
+        blocks = tuple(reservation.blocks)
+        own: tuple[int, ...] | None = blocks
         for choices, output in starts:
             seq = roster.create(request, choices, [*request.prompt_ids, *output], arrival, guide)
             seq.started = True
@@ -147,7 +148,7 @@ class Handoffs:
                 seq.num_computed = num_computed
                 seq.num_remembered = full
             else:
-                roster.take_over(seq, reservation.blocks, num_computed, spare.pop())
+                roster.take_over(seq, blocks, num_computed, spare.pop())
             if group is not None:
                 seq.group = group
                 group.members.append(seq)

@@ -34,7 +34,7 @@ from engine.plan import Chunk, SampleSlot, StepPlan, StepResult
 from engine.probe import probe
 from engine.processors import resolve
 from engine.runner import ModelRunner
-from engine.sampler import prompt_scores, sample
+from engine.sampler import arg_max, prompt_scores, sample
 from engine.sampling_state import SamplingStates
 from engine.scheduler import EngineEvent, Scheduler, SchedulerConfig
 
@@ -73,11 +73,12 @@ class ModelComputer:
 
     def compute(self, plan: StepPlan) -> StepResult:
         """Draws and scores, in plan order; returns when the device has finished."""
+        bare = bool(plan.decodes) and all(s.bare for s in plan.decodes.streams)
         slots: list[SampleSlot] = []
         rows: list[int] = []  # of each slot
         scored: list[tuple[Chunk, int]] = []  # with the first of its rows
-        row = 0
-        for chunk in plan.chunks:  # rows as in `rows_of`
+        row = len(plan.decodes) if bare else 0
+        for chunk in plan.others if bare else plan.chunks:  # rows as in `rows_of`
             if chunk.scored is not None:
                 scored.append((chunk, row))
             row += len(chunk.scored_ids)
@@ -95,9 +96,12 @@ class ModelComputer:
                 )
                 for chunk, first in scored
             )
+            tokens = arg_max(logits[: len(plan.decodes)]) if bare else None
             if slots:
                 drawn = sample(logits, rows, slots, self._states)
-                return StepResult(tuple(drawn), scores)
+                return StepResult(tuple(drawn), scores, tokens)
+            if tokens is not None:
+                return StepResult((), scores, tokens)
             if logits.is_cuda:
                 torch.cuda.current_stream().synchronize()  # F2: complete before announced
             return StepResult((), scores)

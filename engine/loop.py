@@ -184,7 +184,7 @@ class Engine:
     def _step(self) -> None:
         began = time.monotonic()
         plan = self._scheduler.schedule()
-        if not plan.chunks and not plan.copies:
+        if plan.empty:
             self._publish()
             with self._wake:  # nothing runs and nothing fits: only a command can change that
                 if not self._commands and not self._stopping:

@@ -22,10 +22,12 @@ class Roster:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.by_key: dict[int, Sequence] = {}
+        self.waiting_tokens = 0  # of all that wait
         self.preemptions = 0
         self.relief: Callable[[], bool] = lambda: False  # frees blocks nobody uses yet (M3)
-        self._block_size = block_size
+        self.block_size = block_size
         self._prefix_caching = prefix_caching
+        self._exports = 0  # of the running
         self._copies: list[tuple[int, int]] = []  # (source, target); the source is pinned
         self._over: list[int] = []  # keys of those that have ended
         self._next_key = 0
@@ -55,16 +57,27 @@ class Roster:
     def queue(self, seq: Sequence) -> None:
         """Let it wait for its blocks."""
         insort(self.waiting, seq, key=lambda s: s.order)
+        self.waiting_tokens += len(seq.token_ids)
 
     def run(self, seq: Sequence) -> None:
         """Let it run: it has its blocks."""
         insort(self.running, seq, key=lambda s: s.order)
+        self._exports += seq.export
 
     def detach(self, seq: Sequence) -> None:
         """Take it out of both lists; it keeps its blocks."""
-        for members in (self.running, self.waiting):
-            if seq in members:
-                members.remove(seq)
+        if seq in self.running:
+            self._stop(seq)
+        elif seq in self.waiting:
+            self._unqueue(seq)
+
+    def _stop(self, seq: Sequence) -> None:
+        self.running.remove(seq)
+        self._exports -= seq.export
+
+    def _unqueue(self, seq: Sequence) -> None:
+        self.waiting.remove(seq)
+        self.waiting_tokens -= len(seq.token_ids)
 
     def end(self, seq: Sequence) -> None:
         """It is over; its blocks are free."""
@@ -82,11 +95,11 @@ class Roster:
 
     def headroom(self) -> int:
         """Blocks kept for the growth of running decodes: one each (M3)."""
-        return sum(1 for s in self.running if not s.export)
+        return len(self.running) - self._exports
 
     def admit(self, seq: Sequence) -> bool:
         """Give a waiting sequence the blocks of all its tokens; False: they are not there."""
-        size = self._block_size
+        size = self.block_size
         length = len(seq.token_ids)
         hits: list[int] = []
         if self._prefix_caching and not seq.scored:  # a score needs its token computed
@@ -99,10 +112,10 @@ class Roster:
         if need > self.pool.available - self.headroom():
             self.pool.release(hits)
             return False
-        seq.block_ids = hits + self.pool.allocate(need, hits[-1] if hits else None)
+        seq.block_ids = (*hits, *self.pool.allocate(need, hits[-1] if hits else None))
         seq.num_computed = len(hits) * size
         seq.num_remembered = len(hits)
-        self.waiting.remove(seq)
+        self._unqueue(seq)
         self.run(seq)
         return True
 
@@ -110,9 +123,9 @@ class Roster:
         """Give `seq` the block its next token needs, preempting later ones if it must."""
         if seq.key not in self.by_key or not seq.block_ids:
             return False  # preempted earlier in this step
-        while len(seq.block_ids) < blocks_for(len(seq.token_ids), self._block_size):
+        while len(seq.block_ids) < blocks_for(len(seq.token_ids), self.block_size):
             try:
-                seq.block_ids += self.pool.allocate(1, seq.block_ids[-1])
+                seq.block_ids = (*seq.block_ids, *self.pool.allocate(1, seq.block_ids[-1]))
             except OutOfBlocks:
                 if self.relief():
                     continue
@@ -130,7 +143,7 @@ class Roster:
         A beam that has its candidates keeps them, and needs no block until it goes on.
         """
         self.preemptions += 1
-        self.running.remove(seq)
+        self._stop(seq)
         self._free(seq)
         seq.num_computed = seq.num_remembered = 0
         if seq.candidates is None:
@@ -141,7 +154,7 @@ class Roster:
 
         Without blocks, the parent's or one for the copy, it waits and is computed again.
         """
-        size = self._block_size
+        size = self.block_size
         full, partial = divmod(parent.num_computed, size)
         child = self.create(
             parent.request,
@@ -160,17 +173,17 @@ class Roster:
         return child
 
     def take_over(
-        self, child: Sequence, blocks: list[int], num_computed: int, spare: int | None
+        self, child: Sequence, blocks: tuple[int, ...], num_computed: int, spare: int | None
     ) -> None:
         """Let `child` begin with what `blocks` hold; `spare`: a block of its own for the copy."""
-        full, partial = divmod(num_computed, self._block_size)
+        full, partial = divmod(num_computed, self.block_size)
         shared = blocks[:full]
         self.pool.share(shared)
-        child.block_ids = list(shared)
+        child.block_ids = shared
         if spare is None and partial:
             spare = self.pool.allocate(1)[0]
         if spare is not None:
-            child.block_ids.append(spare)
+            child.block_ids = (*shared, spare)
             if partial:
                 self.pool.share(blocks[full : full + 1])
                 self._copies.append((blocks[full], spare))
@@ -179,7 +192,7 @@ class Roster:
 
     def remember(self, seq: Sequence) -> None:
         """Make the full blocks that are computed findable."""
-        full = seq.num_computed // self._block_size
+        full = seq.num_computed // self.block_size
         if not self._prefix_caching or full <= seq.num_remembered:
             return
         self._extend_keys(seq, full)
@@ -201,13 +214,15 @@ class Roster:
         self.pool.release([source for source, _ in copies])
 
     def _free(self, seq: Sequence) -> None:
-        held = set(seq.block_ids)
-        dropped = [copy for copy in self._copies if copy[1] in held]
-        if dropped:  # a copy into a block that is given back must never run
-            self._copies = [copy for copy in self._copies if copy[1] not in held]
-            self.pool.release([source for source, _ in dropped])
+        if self._copies:
+            held = set(seq.block_ids)
+            dropped = [copy for copy in self._copies if copy[1] in held]
+            if dropped:  # a copy into a block that is given back must never run
+                self._copies = [copy for copy in self._copies if copy[1] not in held]
+                self.pool.release([source for source, _ in dropped])
         self.pool.release(seq.block_ids)
-        seq.block_ids = []
+        seq.block_ids = ()
+        seq.stream = None
 
     def _extend_keys(self, seq: Sequence, count: int) -> None:
-        extend_keys(seq.block_keys, seq.token_ids, self._block_size, seq.request.cache_salt, count)
+        extend_keys(seq.block_keys, seq.token_ids, self.block_size, seq.request.cache_salt, count)

@@ -21,21 +21,23 @@ def rows_of(chunk: Chunk) -> list[int]:
 
 
 class BlockTables:
-    """Block tables as arrays. Keeps those of the last step, for most chunks have them again."""
+    """Block tables as arrays. Keeps those of the last step, for most sequences have them again."""
 
     def __init__(self) -> None:
         self._last: dict[int, tuple[tuple[int, ...], IntArray]] = {}
 
-    def of(self, chunks: tuple[Chunk, ...]) -> list[IntArray]:
-        """One array of block ids for each chunk, in order."""
+    def of(self, plan: StepPlan) -> list[IntArray]:
+        """One array of block ids for each sequence, in the plan's order."""
         kept: dict[int, tuple[tuple[int, ...], IntArray]] = {}
         tables = []
-        for chunk in chunks:
-            entry = self._last.get(chunk.sequence)
-            if entry is None or entry[0] != chunk.block_table:
-                table = np.asarray(chunk.block_table, dtype=np.int64)
-                entry = (chunk.block_table, table)
-            kept[chunk.sequence] = entry
+        sequences = [stream.sequence for stream in plan.decodes.streams]
+        streams = zip(sequences, plan.decodes.block_tables, strict=True)
+        others = [(chunk.sequence, chunk.block_table) for chunk in plan.others]
+        for sequence, blocks in chain(streams, others):
+            entry = self._last.get(sequence)
+            if entry is None or entry[0] is not blocks:  # the same object while nothing changes
+                entry = (blocks, np.asarray(blocks, dtype=np.int64))
+            kept[sequence] = entry
             tables.append(entry[1])
         self._last = kept
         return tables
@@ -62,31 +64,33 @@ class ModelRunner:
         """
         with torch.inference_mode():
             self.cache.copy_blocks(plan.copies)
-            if not plan.chunks:
+            if not plan.decodes and not plan.others:
                 return torch.empty((0, self.model.vocab_size), device=self.model.device)
-            return self._forward(plan.chunks)
+            return self._forward(plan)
 
-    def _forward(self, chunks: tuple[Chunk, ...]) -> torch.Tensor:
-        device = self.model.device
-        lens = np.asarray([len(chunk.token_ids) for chunk in chunks], dtype=np.int64)
-        starts = np.asarray([chunk.start for chunk in chunks], dtype=np.int64)
-        query_starts = np.zeros(len(chunks) + 1, dtype=np.int64)
+    def _forward(self, plan: StepPlan) -> torch.Tensor:
+        device, decodes, others = self.model.device, plan.decodes, plan.others
+        count = len(decodes)
+        lens = np.ones(count + len(others), dtype=np.int64)
+        lens[count:] = [len(chunk.token_ids) for chunk in others]
+        starts = np.empty(len(lens), dtype=np.int64)
+        starts[:count] = decodes.starts
+        starts[count:] = [chunk.start for chunk in others]
+        query_starts = np.zeros(len(lens) + 1, dtype=np.int64)
         np.cumsum(lens, out=query_starts[1:])
         num_tokens = int(query_starts[-1])
-        tables = self._tables.of(chunks)
+        tables = self._tables.of(plan)
 
         # One array, so one copy to the device: token ids, positions, cache rows, rows to keep.
-        kept = [
-            int(begin) + offset
-            for begin, chunk in zip(query_starts, chunks, strict=False)
-            for offset in rows_of(chunk)
-        ]
+        kept = list(range(count))
+        for begin, chunk in zip(query_starts[count:].tolist(), others, strict=False):
+            kept += [begin + offset for offset in rows_of(chunk)]
         packed = np.empty(3 * num_tokens + len(kept), dtype=np.int64)
         tokens, positions, rows = (
             packed[part * num_tokens : (part + 1) * num_tokens] for part in range(3)
         )
         tokens[:] = np.fromiter(
-            chain.from_iterable(chunk.token_ids for chunk in chunks), np.int64, num_tokens
+            chain(decodes.token_ids, *(chunk.token_ids for chunk in others)), np.int64, num_tokens
         )
         positions[:] = np.arange(num_tokens) + np.repeat(starts - query_starts[:-1], lens)
         self._cache_rows(positions, lens, query_starts, tables, rows)

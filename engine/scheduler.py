@@ -1,7 +1,8 @@
 """Decides what the next step computes, and moves sequences when it is done. No torch in here."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import islice, repeat
 
 from contracts.errors import EngineFailure, InvalidRequest, OutOfBlocks, Overloaded
 from contracts.events import (
@@ -18,17 +19,19 @@ from engine.audit import Finding, Known, audit
 from engine.beam_group import BeamGroup, told
 from engine.beams import BeamSearch
 from engine.block_pool import BlockPool
+from engine.chunks import chunk_of
 from engine.guide import Guide
 from engine.handoffs import Handoffs
-from engine.plan import Chunk, Sampled, SampleSlot, StepPlan, StepResult
+from engine.outcomes import prompt_scores, token_out
+from engine.plan import Chunk, Sampled, StepPlan, StepResult
 from engine.roster import Roster
 from engine.sequence import Progress, Reservation, Sequence, Started, blocks_for
+from engine.streams import advance, decodes_of, stream_of
 
 EngineEvent = Started | Progress | TokensOut | PromptScores | RequestFailed
 
 _PATIENCE_STEPS = 32  # then the head of the queue goes before arriving handoffs (M7)
 _SCORED_TOKENS = 256  # of a step: each needs a whole row of logits
-_PIECE_BYTES = 64 << 10  # of prompt scores in one event, so that tokens are not held up
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +111,8 @@ class Scheduler:
             step=self._step,
             waiting=len(waiting),
             running=len(running),
-            waiting_tokens=sum(s.remaining for s in waiting)
-            + sum(s.remaining for s in running if s.remaining > 1),
+            waiting_tokens=self._roster.waiting_tokens
+            + sum([s.remaining for s in running if s.stream is None and s.remaining > 1]),
             free_blocks=self.pool.available,
             total_blocks=ledger.total,
             free=ledger.free,
@@ -234,22 +237,59 @@ class Scheduler:
         roster = self._roster
         chunks: list[Chunk] = []
         budget = _Budget(self.config.max_step_tokens)
-        for seq in [s for s in roster.running if s.remaining == 1]:
-            if not budget.tokens or not roster.grow(seq):
-                continue
-            budget.tokens -= 1
-            chunks.append(self._chunk(seq, 1))
-        if chunks:
+        streams, filling = self._grow_decodes(chunks, budget)
+        if streams or chunks:
             budget.tokens = min(budget.tokens, self.config.prefill_tokens_beside_decodes)
-        for seq in [s for s in roster.running if s.remaining > 1]:
+        for seq in filling:
             count = budget.take(seq)
             if count:
-                chunks.append(self._chunk(seq, count))
-        self._admit_waiting(chunks, budget)
-        return StepPlan(self._step, tuple(chunks), roster.take_copies())
+                chunks.append(chunk_of(seq, count))
+        self._admit_waiting(chunks, budget, alone=not streams)
+        return StepPlan(self._step, tuple(chunks), roster.take_copies(), decodes_of(streams))
 
-    def _admit_waiting(self, chunks: list[Chunk], budget: _Budget) -> None:
-        """Start sequences in their order; whoever does not fit holds up those behind it."""
+    def _grow_decodes(
+        self, chunks: list[Chunk], budget: _Budget
+    ) -> tuple[list[Sequence], list[Sequence]]:
+        """Give each running sequence with one token left room for it, within the budget.
+
+        Adds the chunks of those that are not streams. Returns those that are, and the running
+        sequences with more tokens left, both in their order. Whoever loses its blocks to one that
+        grows comes behind it in this order.
+        """
+        roster, size = self._roster, self.config.block_size
+        members = roster.running.copy()
+        if len(members) > budget.tokens:
+            members = self._within(budget.tokens)
+        filling: list[Sequence] = []
+        # Only at the border of a block a sequence may lack one.
+        for seq in [s for s in members if s.stream is None or not s.num_computed % size]:
+            if seq.stream is not None:
+                roster.grow(seq)
+            elif seq.remaining == 1:
+                if roster.grow(seq):
+                    chunks.append(chunk_of(seq, 1))
+            elif seq.remaining > 1 and seq.block_ids:
+                filling.append(seq)
+        streams = [s for s in members if s.stream is not None]
+        budget.tokens -= len(chunks) + len(streams)
+        return streams, filling
+
+    def _within(self, tokens: int) -> list[Sequence]:
+        """The running ones without those whose one token is too much, which need no room yet."""
+        kept: list[Sequence] = []
+        for seq in self._roster.running.copy():
+            if seq.remaining == 1:
+                if not tokens or not self._roster.grow(seq):
+                    continue
+                tokens -= 1
+            kept.append(seq)
+        return kept
+
+    def _admit_waiting(self, chunks: list[Chunk], budget: _Budget, *, alone: bool) -> None:
+        """Start sequences in their order; whoever does not fit holds up those behind it.
+
+        `alone`: nothing but `chunks` is in the step so far.
+        """
         roster = self._roster
         head = roster.waiting[0] if roster.waiting else None
         self._blocked = no_room = False
@@ -260,13 +300,13 @@ class Scheduler:
             no_place = len(roster.running) >= self.config.max_running
             if no_place or not self._admit(seq):
                 idle = [s for s in roster.running if not s.remaining]
-                if not chunks and idle:  # beams that wait for one that is not running
+                if alone and not chunks and idle:  # beams that wait for one that is not running
                     roster.preempt(idle[-1])
                     continue
                 self._blocked = not no_place
                 no_room = True
                 break
-            chunks.append(self._chunk(seq, budget.take(seq)))
+            chunks.append(chunk_of(seq, budget.take(seq)))
         waits = no_room and head is not None and head in roster.waiting[:1]
         self._head_waits = self._head_waits + 1 if waits else 0
 
@@ -283,48 +323,37 @@ class Scheduler:
         """Advance the sequences of `plan` by what its computation gave."""
         draws, scores = iter(result.sampled), iter(result.scores)
         self._roster.copied(plan.copies)
-        for chunk in plan.chunks:
+        if result.tokens is not None:
+            self._events += advance(plan.decodes, result.tokens, repeat(()), self._roster)
+        else:
+            drawn = list(islice(draws, len(plan.decodes)))
+            for index in [i for i, draw in enumerate(drawn) if draw.ended or draw.error]:
+                self._advance_chunk(plan.decodes.chunk(index), [drawn[index]], ())  # its last one
+            tokens = [draw.token_id for draw in drawn]
+            told = [() if draw.logprob is None else (draw.logprob,) for draw in drawn]
+            self._events += advance(plan.decodes, tokens, told, self._roster)
+        for chunk in plan.others:
             entries = next(scores) if chunk.scored is not None else ()
-            drawn = [next(draws) for _ in chunk.slots]
-            seq = self._roster.by_key.get(chunk.sequence)
-            if seq is None:
-                continue  # its request has failed in this step
-            before = seq.num_computed
-            seq.num_computed += len(chunk.token_ids)
-            self.computed_prompt_tokens += max(0, min(seq.num_computed, seq.num_prompt) - before)
-            self._roster.remember(seq)
-            if seq.export:
-                request = seq.request
-                self._events.append(Progress(request.request_id, request.attempt, seq.num_computed))
-            if chunk.scored is not None:
-                self._events += _pieces(seq.request, chunk.start + 1, entries)
-                seq.scored = chunk.start + len(entries) + 1 < seq.num_prompt
-            if drawn:
-                self._apply_draws(seq, drawn)
+            self._advance_chunk(chunk, [next(draws) for _ in chunk.slots], entries)
 
-    def _chunk(self, seq: Sequence, count: int) -> Chunk:
-        start = seq.num_computed
-        end = start + count
-        slots = self._slots(seq) if end == len(seq.token_ids) else ()
-        token_ids, table = tuple(seq.token_ids[start:end]), tuple(seq.block_ids)
-        scored_ids = seq.request.prompt_ids[start + 1 : end + 1] if seq.scored else ()
-        if not scored_ids:
-            return Chunk(seq.key, start, token_ids, table, slots)
-        scored = seq.request.params.prompt_logprobs
-        return Chunk(seq.key, start, token_ids, table, slots, scored, scored_ids)
-
-    def _slots(self, seq: Sequence) -> tuple[SampleSlot, ...]:
-        request = seq.request
-        before: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
-        if seq.looks_back:
-            before = (request.prompt_ids, tuple(seq.token_ids[seq.num_prompt :]))
-        position = seq.num_outputs
-        return tuple(
-            [
-                SampleSlot(choice, position, request.params, seq.key, *before, seq.guide)
-                for choice in seq.choices
-            ]
-        )
+    def _advance_chunk(
+        self, chunk: Chunk, drawn: list[Sampled], entries: tuple[PromptLogprob, ...]
+    ) -> None:
+        seq = self._roster.by_key.get(chunk.sequence)
+        if seq is None:
+            return  # its request has failed in this step
+        before = seq.num_computed
+        seq.num_computed += len(chunk.token_ids)
+        self.computed_prompt_tokens += max(0, min(seq.num_computed, seq.num_prompt) - before)
+        self._roster.remember(seq)
+        if seq.export:
+            request = seq.request
+            self._events.append(Progress(request.request_id, request.attempt, seq.num_computed))
+        if chunk.scored is not None:
+            self._events += prompt_scores(seq.request, chunk.start + 1, entries)
+            seq.scored = chunk.start + len(entries) + 1 < seq.num_prompt
+        if drawn:
+            self._apply_draws(seq, drawn)
 
     def _admit(self, seq: Sequence) -> bool:
         if not self._roster.admit(seq):
@@ -338,7 +367,7 @@ class Scheduler:
                 Started(
                     seq.request.request_id,
                     seq.request.attempt,
-                    tuple(seq.block_ids),
+                    seq.block_ids,
                     seq.num_computed,
                     seq.export,
                 )
@@ -357,7 +386,7 @@ class Scheduler:
         going_on: list[tuple[int, int]] = []  # (choice, token)
         for choice, draw in zip(seq.choices, draws, strict=True):
             finish = self._finish(seq, draw)
-            self._events.append(_token(seq, choice, draw, finish))
+            self._events.append(token_out(seq, choice, draw, finish))
             if finish is None:
                 going_on.append((choice, draw.token_id))
         if seq.export or not going_on:
@@ -367,6 +396,8 @@ class Scheduler:
             self._roster.fork(seq, choice, token)
         seq.choices = (going_on[0][0],)
         seq.token_ids.append(going_on[0][1])
+        seq.stream = stream_of(seq)
+        seq.max_length = seq.num_prompt + self._max_outputs(request)
 
     def _fail(self, request: GenerationRequest, error: str) -> None:
         """End all of a request: one of its draws cannot be made."""
@@ -390,14 +421,14 @@ class Scheduler:
             group.search.advance(candidates)
             self._roster.end(seq)
             if not group.search.over:
-                self._events.append(_token(seq, 0, draw, None))
+                self._events.append(token_out(seq, 0, draw, None))
         else:
             group.advance(candidates, self._roster)
         if group.search.over:
             self._events += told(request, group.search)
 
     def _finish(self, seq: Sequence, draw: Sampled) -> FinishReason | None:
-        if draw.ended or seq.request.params.ends(draw.token_id):
+        if draw.ended or draw.token_id in seq.ends:
             return FinishReason.STOP
         if seq.num_outputs + 1 >= self._max_outputs(seq.request):
             return FinishReason.LENGTH
@@ -406,29 +437,3 @@ class Scheduler:
     def _max_outputs(self, request: GenerationRequest) -> int:
         room = self.config.max_model_len - len(request.prompt_ids)
         return min(request.params.max_tokens, room)
-
-
-def _token(seq: Sequence, choice: int, draw: Sampled, finish: FinishReason | None) -> TokensOut:
-    return TokensOut(
-        seq.request.request_id,
-        seq.request.attempt,
-        choice,
-        seq.num_outputs,
-        (draw.token_id,),
-        (draw.logprob,) if draw.logprob is not None else (),
-        finish,
-    )
-
-
-def _pieces(
-    request: GenerationRequest, position: int, entries: tuple[PromptLogprob, ...]
-) -> Iterator[PromptScores]:
-    """Scores of prompt tokens, a few at a time."""
-    most = max(1, _PIECE_BYTES // (12 + 8 * max(len(entry.top) for entry in entries)))
-    for first in range(0, len(entries), most):
-        yield PromptScores(
-            request.request_id,
-            request.attempt,
-            position + first,
-            entries[first : first + most],
-        )

@@ -10,6 +10,7 @@ from contracts.ids import RequestId
 from contracts.request import GenerationRequest
 from engine.block_pool import block_key, root_key
 from engine.guide import Guide
+from engine.plan import Stream
 
 if TYPE_CHECKING:
     from engine.beam_group import BeamGroup
@@ -41,6 +42,10 @@ class Sequence:
     With beams it is one beam, `choices` its place among them (0 while the prompt is computed).
     Once it has `candidates` for its next token it waits for the others of its `group`: then all
     its tokens are computed, or its blocks were taken away.
+
+    `stream` is there while it runs, has drawn, is no beam, and exactly its last token is pending:
+    what most sequences are most of the time. It is over once one of `ends` is drawn, or the token
+    that makes `token_ids` `max_length` long.
     """
 
     key: int
@@ -52,21 +57,24 @@ class Sequence:
     export: bool = False  # prefill only: the blocks go to a D
     scored: bool = False  # prompt tokens are left whose log-probabilities are to be told
     started: bool = False  # has been given blocks before
+    stream: Stream | None = None
     num_computed: int = 0
-    block_ids: list[int] = field(default_factory=list[int])
+    block_ids: tuple[int, ...] = ()
     block_keys: list[bytes] = field(default_factory=list[bytes])
     num_remembered: int = 0  # leading blocks already in the prefix cache
-    looks_back: bool = field(init=False)  # its params', asked at every draw
+    # What is asked of the request at every draw.
+    num_prompt: int = field(init=False)
+    looks_back: bool = field(init=False)
+    ends: frozenset[int] = field(init=False)
+    max_length: int = 0  # known once it is a stream
     group: "BeamGroup | None" = None
     candidates: TokenLogprob | None = None
 
     def __post_init__(self) -> None:
-        self.looks_back = self.request.params.looks_back
-
-    @property
-    def num_prompt(self) -> int:
-        """Prompt tokens."""
-        return len(self.request.prompt_ids)
+        params = self.request.params
+        self.num_prompt = len(self.request.prompt_ids)
+        self.looks_back = params.looks_back
+        self.ends = frozenset(params.eos_token_ids + params.stop_token_ids)
 
     @property
     def num_outputs(self) -> int:

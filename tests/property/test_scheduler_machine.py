@@ -60,8 +60,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget=st.integers(3, 40),
         running=st.integers(1, 8),
         caching=st.booleans(),
+        as_tokens=st.booleans(),
     )
-    def start(self, blocks: int, budget: int, running: int, caching: bool) -> None:
+    def start(self, blocks: int, budget: int, running: int, caching: bool, as_tokens: bool) -> None:
         self.words = GenerationWords(blocks, incarnation=7)
         self.pool = BlockPool(blocks, self.words)
         config = SchedulerConfig(
@@ -73,7 +74,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             prefix_caching=caching,
         )
         self.scheduler = Scheduler(config, self.pool)
-        self.oracle = PagedOracle(blocks, BLOCK)
+        self.oracle = PagedOracle(blocks, BLOCK, as_tokens=as_tokens)
         self.requests: dict[RequestId, Expected] = {}
         self.reservations: list[Reservation] = []
         self.quarantined: list[list[int]] = []
@@ -277,6 +278,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         if hasattr(self, "pool"):
             self.pool.check()
             assert self.scheduler.audit(self._known()) == set()
+
+    @invariant()
+    def counts_are_those_of_a_recount(self) -> None:
+        if hasattr(self, "pool"):
+            roster = self.scheduler._roster
+            unread = [s.remaining for s in roster.running if s.remaining > 1]
+            waiting = sum(unread) + sum(s.remaining for s in roster.waiting)
+            assert self.scheduler.load().waiting_tokens == waiting
+            assert roster.headroom() == sum(not s.export for s in roster.running)
+            assert roster.running == sorted(roster.running, key=lambda s: s.order)
+            assert all(s.remaining == 1 for s in roster.running if s.stream is not None)
+            assert all(s.stream is None for s in roster.waiting)
 
     def _known(self) -> Known:
         return Known(

@@ -45,9 +45,13 @@ def prompt_score(token_ids: Sequence[int]) -> PromptLogprob:
 
 
 class PagedOracle:
-    """Implements engine.loop.StepComputer over token-holding slots."""
+    """Implements engine.loop.StepComputer over token-holding slots.
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    `as_tokens`: draws of a step's streams are told as tokens, if none of them has more to tell.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, *, as_tokens: bool = False) -> None:
+        self.as_tokens = as_tokens
         self.block_size = block_size
         self.slots: list[list[tuple[int, int] | None]] = [
             [None] * block_size for _ in range(num_blocks)
@@ -87,6 +91,9 @@ class PagedOracle:
                         for index, token in enumerate(chunk.scored_ids)
                     )
                 )
+        if self.as_tokens and all(draw.logprob is None for draw in drawn[: len(plan.decodes)]):
+            tokens = [draw.token_id for draw in drawn[: len(plan.decodes)]]
+            return StepResult(tuple(drawn[len(tokens) :]), tuple(scores), tokens)
         return StepResult(tuple(drawn), tuple(scores))
 
     def _draw(self, tokens: list[int], slot: SampleSlot) -> Sampled:
