@@ -50,13 +50,13 @@ def make_parser() -> argparse.ArgumentParser:
     _add_status(commands)
     bench = commands.add_parser(
         "bench",
-        help="measure a running server",
+        help="measure a running server, or the engine piece by piece",
         formatter_class=_Help,
         add_help=False,
         allow_abbrev=False,
     )
-    bench.add_argument("kind", choices=["load"], help="what to measure")
-    bench.add_argument("rest", nargs=argparse.REMAINDER, help="see `baton bench load --help`")
+    bench.add_argument("kind", choices=["load", "micro"], help="what to measure")
+    bench.add_argument("rest", nargs=argparse.REMAINDER, help="see `baton bench KIND --help`")
     return parser
 
 
@@ -326,6 +326,12 @@ def _status(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
+    if args.kind == "micro":
+        if not sys.stderr.isatty():
+            os.environ.setdefault("TQDM_DISABLE", "1")
+        from benchmarks.micro import main as micro_main
+
+        return micro_main(args.rest)
     from benchmarks.load import main as load_main
 
     return int(load_main(args.rest) or 0)

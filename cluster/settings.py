@@ -19,7 +19,7 @@ from contracts.errors import ConfigurationError
 
 PREFIX = "BATON_"
 _ALIASES = {"api_key": "api_keys"}  # vLLM's name
-_FOREIGN = ("BATON_LOG_LEVEL", "BATON_TEST_", "BATON_BENCH_")  # not settings
+_FOREIGN = ("BATON_LOG_LEVEL", "BATON_NATIVE", "BATON_TEST_", "BATON_BENCH_")  # not settings
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", re.IGNORECASE)

@@ -62,7 +62,10 @@ def test_import_linter() -> None:
                 "router/deployment.py",
             ),
         ),
-        pytest.param("torch", ("engine/", "kv_transfer/", "prefill_worker/", "decode_worker/")),
+        pytest.param(
+            "torch",
+            ("engine/", "kv_transfer/", "prefill_worker/", "decode_worker/", "benchmarks/micro"),
+        ),
         pytest.param("transformers", ("engine/",)),
         pytest.param("fastapi", ("router/",)),
     ],

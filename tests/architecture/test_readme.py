@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -27,9 +28,7 @@ def test_the_command_line_takes_it(command: str) -> None:
     _, *arguments = shlex.split(command, comments=True)
     parsed = make_parser().parse_args(arguments)  # exits if it does not understand
     if parsed.command == "bench":
-        from benchmarks.load import parser
-
-        parser().parse_args(parsed.rest)
+        import_module(f"benchmarks.{parsed.kind}").parser().parse_args(parsed.rest)
 
 
 def test_the_curl_and_the_port_agree_with_the_makefile() -> None:

@@ -51,6 +51,7 @@ def test_environment_gives_every_kind_of_value() -> None:
         "BATON_MAX_MODEL_LEN": "",  # empty: not set
         "BATON_LOG_LEVEL": "INFO",  # not a setting
         "BATON_TEST_ANYTHING": "1",
+        "BATON_NATIVE": "0",
     }
     settings = load_settings({}, environ=environ)
     assert settings.aggregated is True
