@@ -5,7 +5,7 @@ import hashlib
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -244,7 +244,12 @@ class EngineHost:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(on_failure, error)
 
-        parts, computer = await asyncio.to_thread(build, self._config, self._incarnation)
+        # In a thread that then ends, and with it its OpenMP team: while there are more of those
+        # threads than cores, all of them sleep at every wait instead of spinning for a moment.
+        with ThreadPoolExecutor(1, "baton-build") as builder:
+            parts, computer = await loop.run_in_executor(
+                builder, build, self._config, self._incarnation
+            )
         self._parts = parts
         model = parts.model
         self._grammars = GrammarCompiler(

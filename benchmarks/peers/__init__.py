@@ -1,0 +1,1 @@
+"""Other engines beside ours: how each is started, watched and ended."""
