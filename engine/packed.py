@@ -47,6 +47,7 @@ class NativeRmsNorm(nn.Module):
 
     def __init__(self, norm: nn.Module, epsilon: float, library: ctypes.CDLL) -> None:
         super().__init__()
+        self.plain = norm
         self.weight: torch.Tensor = norm.weight  # type: ignore[assignment]
         self.variance_epsilon = epsilon
         self._call = library.baton_rms_norm
@@ -55,7 +56,10 @@ class NativeRmsNorm(nn.Module):
         self._dim = self.weight.shape[0]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[..., dim] of the weight's dtype."""
+        """[..., dim]; of the weight's dtype, or the model's own norm computes it."""
+        if hidden_states.dtype != self.weight.dtype or hidden_states.shape[-1] != self._dim:
+            result: torch.Tensor = self.plain(hidden_states)
+            return result
         x = hidden_states.contiguous()
         out = torch.empty_like(x)
         rows = x.numel() // self._dim

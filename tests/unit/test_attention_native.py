@@ -240,6 +240,14 @@ def test_rms_norms_compute_the_same(library: ctypes.CDLL, dtype: torch.dtype, di
     torch.testing.assert_close(model(x), norm(x))
 
 
+def test_a_norm_of_another_dtype_is_the_models_own(library: ctypes.CDLL) -> None:
+    norm = OwnRMSNorm(16).to(torch.bfloat16)
+    model = torch.nn.Sequential(norm)
+    pack(model)
+    x = torch.randn(2, 16)
+    torch.testing.assert_close(model(x), norm(x))
+
+
 def test_other_norms_stay(library: ctypes.CDLL) -> None:
     model = torch.nn.Sequential(OwnRMSNorm(16, shift=1.0), torch.nn.LayerNorm(16))
     assert not pack(model).replaced
