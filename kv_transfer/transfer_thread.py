@@ -103,7 +103,7 @@ class TransferThread:
         it run in the transfer thread. A read outside the registered memory is `ok=False`.
         """
         future: Future[ReadResult] = _running_future()
-        self._submit(future, lambda connector: connector.post_read(peer, kind, regions, remote))
+        self._submit(future, _posting(peer, kind, regions, remote))
         return future
 
     def _submit(

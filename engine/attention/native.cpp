@@ -156,7 +156,7 @@ void decode_one(const Layer &layer, const T *query, T *out, const T *keys, const
     const int64_t dim = D ? D : layer.dim, sharing = layer.heads / layer.kv_heads;
     const int64_t count = end - begin, room = (count + LANES - 1) / LANES * LANES;
     const bool even = dim % LANES == 0;
-    space.resize(size_t(sharing * (2 * dim + room) + LANES * LANES));
+    space.resize(size_t(sharing * (2 * dim + room)));
     float *own = space.data(), *sums = own + sharing * dim, *scores = sums + sharing * dim;
     for (int64_t i = 0; i < sharing * dim; ++i)
         own[i] = to_float(query[kv_head * sharing * dim + i]) * layer.scaling;

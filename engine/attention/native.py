@@ -72,15 +72,7 @@ class NativeBackend(SdpaBackend):
             singles.tables.shape[1],
             singles.begins.ctypes.data,
             singles.ends.ctypes.data,
-            layer.num_heads,
-            layer.num_kv_heads,
-            layer.head_dim,
-            cache.block_size,
-            cache.elements_per_block,
-            query.stride(0),
-            out.stride(0),
-            layer.scaling,
-            torch.get_num_threads(),
+            *_shape(layer, cache, query, out),
         )
 
     def _attend_prefills(
@@ -112,15 +104,7 @@ class NativeBackend(SdpaBackend):
                 batch.tables[index].ctypes.data,
                 int(batch.kv_lens[index]),
                 layer.window or 0,
-                layer.num_heads,
-                layer.num_kv_heads,
-                layer.head_dim,
-                cache.block_size,
-                cache.elements_per_block,
-                query.stride(0),
-                out.stride(0),
-                layer.scaling,
-                torch.get_num_threads(),
+                *_shape(layer, cache, query, out),
             )
 
     def _singles_for(self, window: int | None) -> _Singles | None:
@@ -128,6 +112,23 @@ class NativeBackend(SdpaBackend):
             assert self._batch is not None
             self._singles[window] = _singles(self._batch, window)
         return self._singles[window]
+
+
+def _shape(
+    layer: AttentionLayer, cache: KvCache, query: torch.Tensor, out: torch.Tensor
+) -> tuple[int | float, ...]:
+    """The last arguments of both kernels."""
+    return (
+        layer.num_heads,
+        layer.num_kv_heads,
+        layer.head_dim,
+        cache.block_size,
+        cache.elements_per_block,
+        query.stride(0),
+        out.stride(0),
+        layer.scaling,
+        torch.get_num_threads(),
+    )
 
 
 def _singles(batch: StepBatch, window: int | None) -> _Singles | None:
