@@ -1,10 +1,12 @@
 """The paged KV cache: one contiguous tensor in which a block is one contiguous region.
 
-    [ block 0                                   | block 1 ... ]
+    [ block 0                                               | block 1 ... ]
+      head 0                                    | head 1 ...
       layer 0         | layer 1         | ...
       keys  | values  | keys  | values
 
-So a block of all layers is moved by one descriptor, and a run of neighbouring blocks too.
+So a block of all layers is moved by one descriptor, and a run of neighbouring blocks too; and of
+a worker with other tensor-parallel ranks, the heads that one of its ranks holds (decision 009).
 """
 
 from collections.abc import Sequence
@@ -35,7 +37,7 @@ class KvSpec:
 
 
 class KvCache:
-    """Owns the tensor `[num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]`.
+    """Owns the tensor `[num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim]`.
 
     It knows bytes, not owners: who may write which block is the pool's business. Everything
     starts at zero.
@@ -47,22 +49,25 @@ class KvCache:
         self.tensor = torch.zeros(
             (
                 num_blocks,
+                spec.num_kv_heads,
                 spec.num_layers,
                 2,
                 spec.block_size,
-                spec.num_kv_heads,
                 spec.head_dim,
             ),
             dtype=spec.dtype,
             device=device,
         )
-        row = spec.num_kv_heads * spec.head_dim
-        # A row is one token's keys (or values) of one layer; a panel is one block's. Narrowing by
-        # the layer lets the row and panel numbers of layer 0 serve every layer.
-        rows = self.tensor.view(-1, row)
-        panels = self.tensor.view(-1, spec.block_size * row)
+        # A row is one token's key (or value) of one head and layer; a panel is one block's.
+        # Narrowing by the layer lets the row and panel numbers of layer 0 serve every layer.
+        rows = self.tensor.view(-1, spec.head_dim)
+        panels = self.tensor.view(-1, spec.block_size * spec.head_dim)
         self._rows = [rows[index * spec.block_size :] for index in range(2 * spec.num_layers)]
         self._panels = [panels[index:] for index in range(2 * spec.num_layers)]
+        heads = torch.arange(spec.num_kv_heads, device=device)
+        self._head_rows = heads * 2 * spec.num_layers * spec.block_size
+        self._head_panels = heads[:, None] * 2 * spec.num_layers
+        self._written: tuple[torch.Tensor, torch.Tensor] | None = None  # rows of tokens, of heads
 
     @property
     def base_address(self) -> int:
@@ -96,26 +101,31 @@ class KvCache:
 
     @property
     def panels_per_block(self) -> int:
-        """Distance, in panels, between the same layer's keys of neighbouring blocks."""
-        return 2 * self.spec.num_layers
+        """Distance, in panels, between the same head and layer's keys of neighbouring blocks."""
+        return 2 * self.spec.num_layers * self.spec.num_kv_heads
 
     @property
     def rows_per_block(self) -> int:
-        """Distance, in rows, between the same layer's keys of neighbouring blocks."""
-        return 2 * self.spec.num_layers * self.spec.block_size
+        """Distance, in rows, between the same head and layer's keys of neighbouring blocks."""
+        return self.panels_per_block * self.spec.block_size
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views on a layer's keys and values, each [num_blocks, block_size, kv_heads, head_dim]."""
-        return self.tensor[:, index, 0], self.tensor[:, index, 1]
+        """Views on a layer's keys and values, each [num_blocks, kv_heads, block_size, head_dim]."""
+        return self.tensor[:, :, index, 0], self.tensor[:, :, index, 1]
 
     @property
     def elements_per_block(self) -> int:
         """Distance, in elements, between the same place of neighbouring blocks."""
         return int(self.tensor.stride(0))
 
+    @property
+    def elements_per_head(self) -> int:
+        """Distance, in elements, between the same place of neighbouring heads of a block."""
+        return int(self.tensor.stride(1))
+
     def layer_addresses(self, index: int) -> tuple[int, int]:
         """Where a layer's keys and values of block 0 begin, in this process's memory."""
-        panel = self.tensor.stride(2) * self.tensor.element_size()
+        panel = self.tensor.stride(3) * self.tensor.element_size()
         keys = self.tensor.data_ptr() + 2 * index * panel
         return keys, keys + panel
 
@@ -124,14 +134,17 @@ class KvCache:
 
         Args:
             layer: index of the layer.
-            rows: [tokens] int64, `block * rows_per_block + offset in block`.
+            rows: [tokens] int64, `block * rows_per_block + offset in block`; not to be changed
+                between the layers of a step.
             key: [tokens, num_kv_heads, head_dim].
             value: likewise.
         """
-        flat = (-1, self.spec.num_kv_heads * self.spec.head_dim)
-        dtype = self.spec.dtype
-        self._rows[2 * layer].index_copy_(0, rows, key.reshape(flat).to(dtype))
-        self._rows[2 * layer + 1].index_copy_(0, rows, value.reshape(flat).to(dtype))
+        if self._written is None or self._written[0] is not rows:
+            self._written = rows, (rows[:, None] + self._head_rows).view(-1)
+        places = self._written[1]
+        flat, dtype = (-1, self.spec.head_dim), self.spec.dtype
+        self._rows[2 * layer].index_copy_(0, places, key.reshape(flat).to(dtype))
+        self._rows[2 * layer + 1].index_copy_(0, places, value.reshape(flat).to(dtype))
 
     def gather(self, layer: int, panels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of whole blocks.
@@ -141,12 +154,14 @@ class KvCache:
             panels: [blocks] int64, `block * panels_per_block`.
 
         Returns:
-            Keys and values, each [blocks * block_size, num_kv_heads, head_dim].
+            Keys and values, each [blocks * block_size, num_kv_heads, head_dim], head by head in
+            memory.
         """
-        shape = (-1, self.spec.num_kv_heads, self.spec.head_dim)
-        key = self._panels[2 * layer].index_select(0, panels)
-        value = self._panels[2 * layer + 1].index_select(0, panels)
-        return key.view(shape), value.view(shape)
+        of_heads = (panels + self._head_panels).view(-1)
+        shape = (self.spec.num_kv_heads, -1, self.spec.head_dim)
+        key = self._panels[2 * layer].index_select(0, of_heads)
+        value = self._panels[2 * layer + 1].index_select(0, of_heads)
+        return key.view(shape).transpose(0, 1), value.view(shape).transpose(0, 1)
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks (source, target), as if all at once: every source is read first."""

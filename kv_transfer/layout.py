@@ -96,7 +96,7 @@ class GroupLayout:
     heads: tuple[int, ...]  # KV heads held by the rank
     head_dim: int
     block_size: int  # tokens
-    axes: str = "layer,kv,token,head,dim"
+    axes: str = "head,layer,kv,token,dim"
 
 
 @dataclass(frozen=True, slots=True)

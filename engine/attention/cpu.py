@@ -89,10 +89,13 @@ class SdpaBackend:
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """See AttentionBackend.forward."""
+        self._write(layer, key, value)
+        return self.attend(layer, query, key, value, sinks)
+
+    def _write(self, layer: AttentionLayer, key: torch.Tensor, value: torch.Tensor) -> None:
         assert self._batch is not None
         assert self._cache is not None
         self._cache.write(layer.index, self._batch.write_rows, key, value)
-        return self.attend(layer, query, key, value, sinks)
 
     def attend(
         self,

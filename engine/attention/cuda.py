@@ -115,7 +115,7 @@ class FlashInferBackend:
                 # CUDA-core decode kernels exist for few group sizes; tensor cores take any.
                 sharing = layer.num_heads // layer.num_kv_heads
                 wrapper = self._flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-                    self._workspace, "NHD", use_tensor_cores=sharing > 2, backend="fa2"
+                    self._workspace, "HND", use_tensor_cores=sharing > 2, backend="fa2"
                 )
                 self._decoders[kind] = wrapper
             wrapper.plan(*self._pages, *shape, **options)
@@ -123,7 +123,7 @@ class FlashInferBackend:
         wrapper = self._prefillers.get(kind)
         if wrapper is None:
             wrapper = self._flashinfer.BatchPrefillWithPagedKVCacheWrapper(
-                self._workspace, "NHD", backend="fa2"
+                self._workspace, "HND", backend="fa2"
             )
             self._prefillers[kind] = wrapper
         wrapper.plan(self._query_indptr, *self._pages, *shape, causal=True, **options)

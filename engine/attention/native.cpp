@@ -1,10 +1,10 @@
 // Paged attention on the CPU, reading the cache where it lies, and a norm.
 //
 // Compiled when a worker starts (native_build.py), called through ctypes. The cache is
-// [blocks, layers, 2, block_size, kv_heads, dim]; `keys` and `values` point at block 0 of one
-// layer, blocks are `block_stride` elements apart, tokens kv_heads * dim. Query and output are
-// [tokens, heads, dim] with given strides, dim contiguous. All sums are in float32. What a
-// sequence gets does not depend on what else is in the step.
+// [blocks, kv_heads, layers, 2, block_size, dim]; `keys` and `values` point at block 0 of one
+// layer; blocks are `block_stride` elements apart, heads `head_stride`, tokens dim. Query and
+// output are [tokens, heads, dim] with given strides, dim contiguous. All sums are in float32.
+// What a sequence gets does not depend on what else is in the step.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -58,7 +58,7 @@ inline float exp_negative(float x) {
 }
 
 struct Layer {
-    int64_t heads, kv_heads, dim, block_size, block_stride, query_stride, out_stride;
+    int64_t heads, kv_heads, dim, block_size, block_stride, head_stride, query_stride, out_stride;
     float scaling;
 };
 
@@ -111,13 +111,12 @@ void softmax(float *scores, int64_t count) {
 template <typename T, typename Each>
 inline void walk(const Layer &layer, const T *base, const int64_t *table, int64_t begin,
                  int64_t end, int64_t kv_head, Each each) {
-    const int64_t token = layer.kv_heads * layer.dim;
     for (int64_t at = begin; at < end;) {
         const int64_t offset = at % layer.block_size, left = layer.block_size - offset;
         const int64_t count = left < end - at ? left : end - at;
-        const T *row = base + table[at / layer.block_size] * layer.block_stride + offset * token +
-                       kv_head * layer.dim;
-        for (int64_t t = 0; t < count; ++t, row += token) each(row, at - begin + t);
+        const T *row = base + table[at / layer.block_size] * layer.block_stride +
+                       kv_head * layer.head_stride + offset * layer.dim;
+        for (int64_t t = 0; t < count; ++t, row += layer.dim) each(row, at - begin + t);
         at += count;
     }
 }
@@ -348,14 +347,14 @@ void prefill_tile(const Layer &layer, const bf16 *query, bf16 *out, const uint32
 void pack(const Layer &layer, const bf16 *keys, const bf16 *values, const int64_t *table,
           int64_t origin, int64_t end, int64_t kv_head, uint32_t *packed_keys,
           uint32_t *packed_values, int64_t padded) {
-    const int64_t dim = layer.dim, pairs = dim / 2, token = layer.kv_heads * dim;
+    const int64_t dim = layer.dim, pairs = dim / 2;
     for (int64_t j = 0; j < padded; j += 2) {
         const uint16_t *key[2] = {nullptr, nullptr}, *value[2] = {nullptr, nullptr};
         for (int64_t e = 0; e < 2; ++e) {
             const int64_t at = origin + j + e;
             if (at >= end) continue;
             const int64_t place = table[at / layer.block_size] * layer.block_stride +
-                                  (at % layer.block_size) * token + kv_head * dim;
+                                  kv_head * layer.head_stride + at % layer.block_size * dim;
             key[e] = &keys[place].bits;
             value[e] = &values[place].bits;
         }
@@ -451,10 +450,10 @@ void baton_rms_norm(int kind, const void *x, const void *weight, void *out, int6
 void baton_decode(int kind, const void *query, void *out, const void *keys, const void *values,
                   int64_t batch, const int64_t *rows, const int64_t *tables, int64_t table_stride,
                   const int64_t *begins, const int64_t *ends, int64_t heads, int64_t kv_heads,
-                  int64_t dim, int64_t block_size, int64_t block_stride, int64_t query_stride,
-                  int64_t out_stride, float scaling, int threads) {
-    const Layer layer{heads,        kv_heads,     dim,        block_size,
-                      block_stride, query_stride, out_stride, scaling};
+                  int64_t dim, int64_t block_size, int64_t block_stride, int64_t head_stride,
+                  int64_t query_stride, int64_t out_stride, float scaling, int threads) {
+    const Layer layer{heads,       kv_heads,     dim,        block_size, block_stride,
+                      head_stride, query_stride, out_stride, scaling};
     if (kind == 0)
         decode_by_dim<float>(layer, static_cast<const float *>(query), static_cast<float *>(out),
                              static_cast<const float *>(keys), static_cast<const float *>(values),
@@ -469,19 +468,32 @@ void baton_decode(int kind, const void *query, void *out, const void *keys, cons
 void baton_prefill(const void *query, void *out, const void *keys, const void *values,
                    int64_t length, const int64_t *table, int64_t kv_len, int64_t window,
                    int64_t heads, int64_t kv_heads, int64_t dim, int64_t block_size,
-                   int64_t block_stride, int64_t query_stride, int64_t out_stride, float scaling,
-                   int threads) {
+                   int64_t block_stride, int64_t head_stride, int64_t query_stride,
+                   int64_t out_stride, float scaling, int threads) {
 #ifdef BATON_DOT_BF16
-    const Layer layer{heads,        kv_heads,     dim,        block_size,
-                      block_stride, query_stride, out_stride, scaling};
+    const Layer layer{heads,       kv_heads,     dim,        block_size, block_stride,
+                      head_stride, query_stride, out_stride, scaling};
     prefill(layer, static_cast<const bf16 *>(query), static_cast<bf16 *>(out),
             static_cast<const bf16 *>(keys), static_cast<const bf16 *>(values), length, table,
             kv_len, window, threads);
 #else
     (void)query, (void)out, (void)keys, (void)values, (void)length, (void)table, (void)kv_len;
     (void)window, (void)heads, (void)kv_heads, (void)dim, (void)block_size, (void)block_stride;
-    (void)query_stride, (void)out_stride, (void)scaling, (void)threads;
+    (void)head_stride, (void)query_stride, (void)out_stride, (void)scaling, (void)threads;
 #endif
+}
+
+// Keys and values of `tokens` new tokens into their rows of the cache (KvCache.write); sizes and
+// strides in bytes.
+void baton_write(const char *key, const char *value, char *keys, char *values, const int64_t *rows,
+                 int64_t tokens, int64_t kv_heads, int64_t row, int64_t key_token, int64_t key_head,
+                 int64_t value_token, int64_t value_head, int64_t head_stride) {
+    for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t h = 0; h < kv_heads; ++h) {
+            const int64_t place = rows[t] * row + h * head_stride;
+            std::memcpy(keys + place, key + t * key_token + h * key_head, size_t(row));
+            std::memcpy(values + place, value + t * value_token + h * value_head, size_t(row));
+        }
 }
 
 }  // extern "C"

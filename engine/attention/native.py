@@ -42,6 +42,32 @@ class NativeBackend(SdpaBackend):
         super().prepare(batch, cache)
         self._singles = {}
 
+    def _write(self, layer: AttentionLayer, key: torch.Tensor, value: torch.Tensor) -> None:
+        cache, batch = self._cache, self._batch
+        assert cache is not None
+        assert batch is not None
+        size = key.element_size()
+        same = key.dtype == value.dtype == cache.spec.dtype
+        if not same or key.stride(2) != 1 or value.stride(2) != 1:
+            super()._write(layer, key, value)
+            return
+        keys, values = cache.layer_addresses(layer.index)
+        self._library.baton_write(
+            key.data_ptr(),
+            value.data_ptr(),
+            keys,
+            values,
+            batch.write_rows.data_ptr(),
+            len(key),
+            layer.num_kv_heads,
+            layer.head_dim * size,
+            key.stride(0) * size,
+            key.stride(1) * size,
+            value.stride(0) * size,
+            value.stride(1) * size,
+            cache.elements_per_head * size,
+        )
+
     def _attend_decodes(
         self,
         layer: AttentionLayer,
@@ -124,6 +150,7 @@ def _shape(
         layer.head_dim,
         cache.block_size,
         cache.elements_per_block,
+        cache.elements_per_head,
         query.stride(0),
         out.stride(0),
         layer.scaling,

@@ -105,11 +105,13 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     library.baton_rms_norm.argtypes = [_N, _P, _P, _P, _I, _I, _F]
     library.baton_rms_norm.restype = None
     library.baton_decode.argtypes = [
-        _N, _P, _P, _P, _P, _I, _P, _P, _I, _P, _P, _I, _I, _I, _I, _I, _I, _I, _F, _N,
+        _N, _P, _P, _P, _P, _I, _P, _P, _I, _P, _P, _I, _I, _I, _I, _I, _I, _I, _I, _F, _N,
     ]  # fmt: skip
     library.baton_decode.restype = None
     library.baton_prefill.argtypes = [
-        _P, _P, _P, _P, _I, _P, _I, _I, _I, _I, _I, _I, _I, _I, _I, _F, _N,
+        _P, _P, _P, _P, _I, _P, _I, _I, _I, _I, _I, _I, _I, _I, _I, _I, _F, _N,
     ]  # fmt: skip
     library.baton_prefill.restype = None
+    library.baton_write.argtypes = [_P, _P, _P, _P, _P, *[_I] * 8]
+    library.baton_write.restype = None
     return library

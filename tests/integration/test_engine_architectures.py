@@ -214,7 +214,7 @@ class ForgetsTheFirstToken(SdpaBackend):
         assert self._batch is not None
         assert self._cache is not None
         for table in self._batch.tables:
-            self._cache.tensor[table[0], layer.index, :, 0] = 0
+            self._cache.tensor[table[0], :, layer.index, :, 0] = 0
         return super().attend(layer, query, key, value, sinks)
 
 

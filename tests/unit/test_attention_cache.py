@@ -16,6 +16,8 @@ def test_a_block_is_one_contiguous_region() -> None:
         view = cache.tensor[block]
         assert view.is_contiguous()
         assert view.data_ptr() == cache.base_address + block * cache.bytes_per_block
+        assert view[1:].is_contiguous()  # the heads that a rank holds
+        assert view[1].data_ptr() == view.data_ptr() + cache.bytes_per_block // 2
 
 
 def test_starts_at_zero() -> None:
@@ -33,21 +35,22 @@ def test_writes_land_in_their_layer_and_slot_alone() -> None:
     rows = torch.tensor([3 * cache.rows_per_block + 4, 1 * cache.rows_per_block + 0])
     cache.write(2, rows, key, value)
     expected = torch.zeros_like(cache.tensor)
-    expected[3, 2, 0, 4], expected[3, 2, 1, 4] = key[0], value[0]
-    expected[1, 2, 0, 0], expected[1, 2, 1, 0] = key[1], value[1]
+    expected[3, :, 2, 0, 4], expected[3, :, 2, 1, 4] = key[0], value[0]
+    expected[1, :, 2, 0, 0], expected[1, :, 2, 1, 0] = key[1], value[1]
     assert torch.equal(cache.tensor, expected)
     keys, values = cache.layer(2)
-    assert keys.shape == (4, 5, 2, 4)
-    assert torch.equal(keys[3, 4], key[0])
-    assert torch.equal(values[1, 0], value[1])
+    assert keys.shape == (4, 2, 5, 4)
+    assert torch.equal(keys[3, :, 4], key[0])
+    assert torch.equal(values[1, :, 0], value[1])
 
 
 def test_gather_returns_whole_blocks_in_order() -> None:
     cache = KvCache(SPEC, 4, CPU)
     cache.tensor.normal_()
     keys, values = cache.gather(1, torch.tensor([2, 0]) * cache.panels_per_block)
-    assert torch.equal(keys, cache.tensor[[2, 0], 1, 0].reshape(10, 2, 4))
-    assert torch.equal(values, cache.tensor[[2, 0], 1, 1].reshape(10, 2, 4))
+    blocks = cache.tensor[[2, 0], :, 1].permute(2, 0, 3, 1, 4)  # kv, block, token, head, dim
+    assert torch.equal(keys, blocks[0].reshape(10, 2, 4))
+    assert torch.equal(values, blocks[1].reshape(10, 2, 4))
 
 
 def test_copies_happen_as_if_at_once() -> None:
