@@ -19,6 +19,7 @@ from contracts.sampling import SamplingParams
 from contracts.worker import Role, WorkerConfig
 from engine.attention.base import AttentionBackend
 from engine.host import EngineParts, ModelComputer, build
+from engine.runner import ModelRunner
 from engine.scheduler import Scheduler
 from engine.sequence import blocks_for
 
@@ -52,6 +53,11 @@ class MicroEngine:
         backend = self.parts.model.slot.backend
         assert backend is not None, "a built engine has one"
         return type(backend)
+
+    @property
+    def runner(self) -> ModelRunner:
+        """What computes the steps."""
+        return self.computer.runner
 
     @property
     def scheduler(self) -> Scheduler:

@@ -17,6 +17,7 @@ import torch
 
 from benchmarks.micro_clock import settle
 from benchmarks.micro_engine import MicroEngine
+from engine.native_decoder import NativeDecoder
 from engine.sampler import arg_max, sample
 
 _Event = Any  # torch.cuda.Event
@@ -78,9 +79,10 @@ class Stopwatch:
         began = time.perf_counter()
         yield
         settle(self.device)
-        self._add(name, time.perf_counter() - began)
+        self.add(name, time.perf_counter() - began)
 
-    def _add(self, name: str, seconds: float) -> None:
+    def add(self, name: str, seconds: float) -> None:
+        """A span that was timed elsewhere."""
         self._spent[name] = self._spent.get(name, 0.0) + seconds
 
     def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -114,7 +116,7 @@ class Stopwatch:
         if self.device.type == "cuda":
             self._events.append((name, token, _event()))
         else:
-            self._add(name, time.perf_counter() - token)
+            self.add(name, time.perf_counter() - token)
 
 
 def _event() -> _Event:
@@ -165,12 +167,30 @@ def watched(engine: MicroEngine, watch: Stopwatch) -> Iterator[None]:
         stack.enter_context(
             patch.object(module, "forward", watch.around("forward", module.forward))
         )
+        decoder = engine.runner.decoder
+        if decoder is not None:
+            step = watch.around("forward", _native_step(decoder, watch))
+            stack.enter_context(patch.object(decoder, "step", step))
         for owner, name, function in users_of_samplers():
             stack.enter_context(patch.object(owner, name, watch.around("sample", function)))
         for one in linear_modules(module):
             stack.callback(one.register_forward_pre_hook(enter).remove)
             stack.callback(one.register_forward_hook(leave).remove)
         yield
+
+
+def _native_step(decoder: NativeDecoder, watch: Stopwatch) -> Callable[..., Any]:
+    step = decoder.step
+
+    def call(*args: Any) -> Any:
+        attention, linear = decoder.seconds()
+        result = step(*args)
+        attention_now, linear_now = decoder.seconds()
+        watch.add("attention", attention_now - attention)
+        watch.add("linear", linear_now - linear)
+        return result
+
+    return call
 
 
 def watched_step(engine: MicroEngine, watch: Stopwatch) -> StepParts:

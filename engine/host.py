@@ -37,6 +37,7 @@ from engine.runner import ModelRunner
 from engine.sampler import arg_max, prompt_scores, sample
 from engine.sampling_state import SamplingStates
 from engine.scheduler import EngineEvent, Scheduler, SchedulerConfig
+from engine.speed_up import use_native_decoder
 
 _LOOKS = 3
 _BETWEEN_LOOKS_S = 0.05
@@ -64,7 +65,7 @@ class ModelComputer:
     """Computes a plan with a model: forward, then the scores and the draws."""
 
     def __init__(self, runner: ModelRunner) -> None:
-        self._runner = runner
+        self.runner = runner
         self._states = SamplingStates()
 
     def forget(self, sequences: Sequence[int]) -> None:
@@ -87,7 +88,7 @@ class ModelComputer:
                 rows += [row] * len(chunk.slots)
                 row += 1
         with torch.inference_mode():
-            logits = self._runner.forward(plan)
+            logits = self.runner.forward(plan)
             scores = tuple(
                 prompt_scores(
                     logits[first : first + len(chunk.scored_ids)],
@@ -208,13 +209,15 @@ def _probe_packed(runner: ModelRunner) -> float:
     """`probe`, with faster layers if the model is on the CPU and served right that way."""
     packing = pack(runner.model.module) if runner.model.device.type == "cpu" else Packing()
     try:
-        return probe(runner)
+        difference = probe(runner)
     except Exception as error:
         if not packing.replaced:
             raise
         log.warning("the layers stay as they are: with faster ones, %s", error)
         packing.undo()
         return probe(runner)
+    use_native_decoder(runner)
+    return difference
 
 
 class EngineHost:

@@ -24,7 +24,7 @@ _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of the outputs' own 
 
 
 class PackedLinear(nn.Module):
-    """In place of a `nn.Linear`. `weight` has its shape and dtype, and no data."""
+    """In place of a `nn.Linear`. `weight` has its shape and dtype, and no data; `packed` has it."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -32,12 +32,12 @@ class PackedLinear(nn.Module):
         self.out_features = linear.out_features
         self.weight = nn.Parameter(linear.weight.to("meta"), requires_grad=False)
         self.bias = linear.bias
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _ROWS_HINT)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _ROWS_HINT)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in_features] to [..., out_features]."""
         out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
-            input, self._packed, self.bias, "none", [], ""
+            input, self.packed, self.bias, "none", [], ""
         )
         return out
 

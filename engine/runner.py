@@ -9,6 +9,7 @@ import torch
 from engine.attention.base import AttentionBackend, IntArray, StepBatch
 from engine.kv_cache import KvCache
 from engine.model import LoadedModel
+from engine.native_decoder import MAX_BATCH, NativeDecoder
 from engine.plan import Chunk, StepPlan
 
 
@@ -44,12 +45,16 @@ class BlockTables:
 
 
 class ModelRunner:
-    """Runs a model over the paged cache. The only user of both; used by one thread."""
+    """Runs a model over the paged cache. The only user of both; used by one thread.
+
+    With a `decoder`, that computes the steps in which every sequence has one token.
+    """
 
     def __init__(self, model: LoadedModel, cache: KvCache, backend: AttentionBackend) -> None:
         self.model = model
         self.cache = cache
         self.backend = backend
+        self.decoder: NativeDecoder | None = None
         self._tables = BlockTables()
         parameters = inspect.signature(model.module.forward).parameters
         self._keeps_logits = "logits_to_keep" in parameters
@@ -95,6 +100,8 @@ class ModelRunner:
         positions[:] = np.arange(num_tokens) + np.repeat(starts - query_starts[:-1], lens)
         self._cache_rows(positions, lens, query_starts, tables, rows)
         packed[3 * num_tokens :] = kept
+        if self.decoder is not None and len(kept) == num_tokens == len(lens) <= MAX_BATCH:
+            return self.decoder.step(tokens, positions, rows, tables, starts + lens)
         on_device = torch.from_numpy(packed).to(device, non_blocking=True)
         keep = on_device[3 * num_tokens :]
 

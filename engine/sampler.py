@@ -61,7 +61,13 @@ def sample(
 
 def arg_max(logits: torch.Tensor) -> list[int]:
     """The draws of greedy rows that nothing edits and of which nothing more is told, one a row."""
-    found: list[int] = torch.argmax(logits, dim=-1).tolist()
+    found: list[int]
+    if logits.device.type == "cpu":
+        # Not torch: it would wake its threads for a few microseconds' work, and those then spin
+        # for a while on the cores that the next step needs.
+        found = logits.numpy().argmax(axis=1).tolist()
+    else:
+        found = torch.argmax(logits, dim=-1).tolist()
     return found
 
 

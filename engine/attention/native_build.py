@@ -1,4 +1,4 @@
-"""Compiles native.cpp for this machine, once, and loads it. Without a compiler there is none.
+"""Compiles the CPU kernels for this machine, once, and loads them. Without a compiler: none.
 
 The library lies in `$XDG_CACHE_HOME/baton/native` (by default under ~/.cache), named by its source,
 its flags, the compiler and the CPU: a home that several kinds of machines share is no problem.
@@ -17,10 +17,11 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).with_name("native.cpp")
+_HEADER = Path(__file__).with_name("native.h")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "decoder.cpp"))
 _FLAGS = (
-    "-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
-    "-fPIC", "-shared", "-Wno-psabi",
+    "-O3", "-march=native", "-std=c++17", "-fopenmp", "-pthread", "-fno-math-errno",
+    "-fno-trapping-math", "-fPIC", "-shared", "-Wno-psabi",
 )  # fmt: skip
 _COMPILE_S = 120.0
 _P, _I, _F, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
@@ -53,7 +54,7 @@ def _compiled() -> Path:
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if not compiler:
         raise OSError("no C++ compiler (install g++, or set CXX)")
-    key = hashlib.sha256(_SOURCE.read_bytes())
+    key = hashlib.sha256(b"\0".join(path.read_bytes() for path in (_HEADER, *_SOURCES)))
     key.update("\0".join((*_FLAGS, _version(compiler), _cpu())).encode())
     folder = _folder()
     library = folder / f"attention-{key.hexdigest()[:24]}.so"
@@ -62,7 +63,7 @@ def _compiled() -> Path:
     handle, name = tempfile.mkstemp(dir=folder, suffix=".so")
     os.close(handle)
     try:
-        _run(compiler, *_FLAGS, "-o", name, str(_SOURCE))
+        _run(compiler, *_FLAGS, "-o", name, *map(str, _SOURCES))
         Path(name).replace(library)  # whole or not at all, whoever else compiles it now
     finally:
         Path(name).unlink(missing_ok=True)
@@ -114,4 +115,18 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     library.baton_prefill.restype = None
     library.baton_write.argtypes = [_P, _P, _P, _P, _P, *[_I] * 8]
     library.baton_write.restype = None
+    library.baton_decoder_new.argtypes = [_N, _P, _F, _F, _N, _P, _P, _P, _P]
+    library.baton_decoder_new.restype = _P
+    library.baton_decoder_free.argtypes = [_P]
+    library.baton_decoder_free.restype = None
+    library.baton_decoder_linear.argtypes = [_P, _I, _N, _P, _P, _I, _I, _I]
+    library.baton_decoder_linear.restype = None
+    library.baton_decoder_seconds.argtypes = [_P, _P, _P]
+    library.baton_decoder_seconds.restype = None
+    library.baton_linear.argtypes = [_N, _P, _P, _I, _I, _I, _P]
+    library.baton_linear.restype = None
+    library.baton_decoder_layer.argtypes = [_P, _I, _P, _P, _P, _P, _P, _P, _I]
+    library.baton_decoder_layer.restype = None
+    library.baton_decoder_step.argtypes = [_P, _I, _P, _P, _P, _P, _I, _P, _P]
+    library.baton_decoder_step.restype = None
     return library

@@ -24,6 +24,7 @@ from engine.packed import pack
 from engine.plan import Chunk, SampleSlot, StepPlan
 from engine.probe import probe
 from engine.runner import ModelRunner
+from engine.speed_up import use_native_decoder
 from engine.weights import weights_digest
 from tests.support.tiny_models import ARCHITECTURES, VOCAB, WINDOW, build_tiny
 
@@ -134,6 +135,7 @@ def test_greedy_tokens_equal_transformers(arch: str, models: Any) -> None:
     pack(model.module)
     runner = runner_of(model)
     assert probe(runner) < 1e-4
+    use_native_decoder(runner)
     running = greedy(runner, prompts())
     for item in running:
         prompt = item.tokens[: item.prompt_len]
