@@ -161,16 +161,20 @@ def watched(engine: MicroEngine, watch: Stopwatch) -> Iterator[None]:
         watch.finish("linear", begun.pop(id(one)))
 
     with ExitStack() as stack:
+        decoder = engine.runner.decoder
+        attend = "forward" if decoder is None else "attend"
         stack.enter_context(
-            patch.object(backend, "forward", watch.inside("attention", backend.forward))
+            patch.object(backend, attend, watch.inside("attention", getattr(backend, attend)))
         )
         stack.enter_context(
             patch.object(module, "forward", watch.around("forward", module.forward))
         )
-        decoder = engine.runner.decoder
         if decoder is not None:
-            step = watch.around("forward", _native_step(decoder, watch))
-            stack.enter_context(patch.object(decoder, "step", step))
+            for name, function in (
+                ("step", _native_step(decoder, watch)),
+                ("forward", decoder.forward),
+            ):
+                stack.enter_context(patch.object(decoder, name, watch.around("forward", function)))
         for owner, name, function in users_of_samplers():
             stack.enter_context(patch.object(owner, name, watch.around("sample", function)))
         for one in linear_modules(module):

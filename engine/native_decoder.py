@@ -1,9 +1,10 @@
-"""Decode steps of common decoders on the CPU in one native call (attention/decoder.cpp).
+"""Steps of common decoders on the CPU without their modules (attention/decoder.cpp).
 
 Most of a small model's decode step is not arithmetic but the calls around it. For models of
 Llama's kind, whose layers are known exactly, a step in which every sequence has one token is
-computed without torch. The weights stay where oneDNN packed them for all other steps. Whether it
-computes what the model's own modules do is seen at load, or it is not used.
+one native call. In other steps oneDNN multiplies, the attention backend attends, and what lies
+between them takes one call instead of half a dozen. The weights stay where oneDNN packed them.
+Whether it computes what the model's own modules do is seen at load, or it is not used.
 """
 
 import ctypes
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from engine.attention.base import AttentionLayer, IntArray
+from engine.attention.base import AttentionBackend, AttentionLayer, IntArray
 from engine.attention.native_build import native_library
 from engine.kv_cache import KvCache
 from engine.model import LoadedModel
@@ -48,6 +49,11 @@ class NativeDecoder:
         if library is None:
             raise NotThisKind("there is no native library")
         self._step = library.baton_decoder_step
+        self._turn = library.baton_decoder_turn
+        self._norm_after = library.baton_decoder_norm
+        self._gate = library.baton_decoder_gate
+        self._layers = model.layers
+        self._linears: list[list[Any]] = []  # of each layer, in the order of _LINEARS
         self._seconds = library.baton_decoder_seconds
         self._free = library.baton_decoder_free
         self._handle: int | None = None
@@ -67,6 +73,7 @@ class NativeDecoder:
             raise NotThisKind("its embedding is not plain")
         cos, sin = self._angles(body.rotary_emb, model, cache)
         self._kept += [cos, sin, embedding]
+        self._embedding, self._head = embedding, head
         mlp = layers[0].mlp.gate_proj.out_features
         sizes = np.asarray(
             [
@@ -97,9 +104,13 @@ class NativeDecoder:
                 own[index].window or 0,
             )  # fmt: skip
             shapes = _shapes(own[index], config.hidden_size, mlp)
-            for which, (name, shape) in enumerate(zip(_LINEARS, shapes, strict=True)):
-                holder = layer.mlp if which > 3 else attention
-                self._linear(library, index, which, getattr(holder, name), *shape)
+            linears = [
+                getattr(layer.mlp if which > 3 else attention, name)
+                for which, name in enumerate(_LINEARS)
+            ]
+            for which, (linear, shape) in enumerate(zip(linears, shapes, strict=True)):
+                self._linear(library, index, which, linear, *shape)
+            self._linears.append(linears)
 
     def _angles(
         self, rotary: Any, model: LoadedModel, cache: KvCache
@@ -175,6 +186,54 @@ class NativeDecoder:
             table.ctypes.data, table.shape[1], kv_lens.ctypes.data, logits.data_ptr(),
         )  # fmt: skip
         return logits
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        rows: torch.Tensor,
+        keep: torch.Tensor,
+        backend: AttentionBackend,
+    ) -> torch.Tensor:
+        """A step of any kind; `backend` is prepared for it.
+
+        Args:
+            tokens: [tokens] int64 token ids.
+            positions: [tokens] int64.
+            rows: [tokens] int64, each token's row in the cache (KvCache.write).
+            keep: the tokens whose logits are wanted.
+            backend: attends to what is in the cache.
+
+        Returns:
+            [len(keep), vocab_size] float32 logits.
+        """
+        count = len(tokens)
+        x = torch.index_select(self._embedding, 0, tokens)
+        a = torch.empty_like(x)
+        place, row = positions.data_ptr(), rows.data_ptr()
+        y: torch.Tensor | None = None
+        for index, (layer, linears) in enumerate(zip(self._layers, self._linears, strict=True)):
+            q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj = linears
+            self._add_norm(index, 0, x, y, a)
+            q, k, v = q_proj(a), k_proj(a), v_proj(a)
+            self._turn(
+                self._handle, index, q.data_ptr(), k.data_ptr(), v.data_ptr(), place, row, count
+            )
+            heads = (count, -1, layer.head_dim)
+            mixed = backend.attend(layer, q.view(heads), k.view(heads), v.view(heads), None)
+            self._add_norm(index, 1, x, o_proj(mixed.view(count, -1)), a)
+            gate, up = gate_proj(a), up_proj(a)
+            self._gate(self._handle, gate.data_ptr(), up.data_ptr(), count)
+            y = down_proj(gate)
+        self._add_norm(len(self._layers), 0, x, y, a)
+        logits: torch.Tensor = self._head(a.index_select(0, keep))
+        return logits.float()
+
+    def _add_norm(
+        self, layer: int, mlp: int, x: torch.Tensor, y: torch.Tensor | None, out: torch.Tensor
+    ) -> None:
+        added = None if y is None else y.data_ptr()
+        self._norm_after(self._handle, layer, mlp, x.data_ptr(), added, out.data_ptr(), len(x))
 
     def seconds(self) -> tuple[float, float]:
         """Seconds spent so far in attention, rotary embedding included, and in linear layers."""

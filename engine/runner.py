@@ -47,7 +47,7 @@ class BlockTables:
 class ModelRunner:
     """Runs a model over the paged cache. The only user of both; used by one thread.
 
-    With a `decoder`, that computes the steps in which every sequence has one token.
+    With a `decoder`, that computes the steps instead of the model's modules.
     """
 
     def __init__(self, model: LoadedModel, cache: KvCache, backend: AttentionBackend) -> None:
@@ -115,6 +115,9 @@ class ModelRunner:
             ),
             self.cache,
         )
+        if self.decoder is not None:
+            places = (on_device[part * num_tokens : (part + 1) * num_tokens] for part in range(3))
+            return self.decoder.forward(*places, keep, self.backend)
         self.model.slot.backend = self.backend
         options = {"logits_to_keep": keep} if self._keeps_logits else {}
         logits: torch.Tensor = self.model.module(

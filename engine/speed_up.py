@@ -48,31 +48,33 @@ def use_native_decoder(runner: ModelRunner) -> None:
 
 def _difference(runner: ModelRunner, decoder: NativeDecoder) -> float:
     """The largest of several steps, between the modules and `decoder`."""
+    cache = runner.cache
+    try:
+        expected = _logits(runner)
+        cache.tensor[:_BATCH] = 0
+        runner.decoder = decoder
+        found = _logits(runner)
+    finally:
+        runner.decoder = None
+        cache.tensor[:_BATCH] = 0
+    error = (found - expected).square().mean(dim=1).sqrt()
+    return float((error / expected.std(dim=1).clamp_min(1e-6)).max())
+
+
+def _logits(runner: ModelRunner) -> torch.Tensor:
+    """Of prompts, each a step; then of one more token, of all in one step and of one alone."""
     model, cache = runner.model, runner.cache
     batch = min(_BATCH, cache.num_blocks)
     length = min(cache.block_size, model.max_model_len) - 1
     random = np.random.default_rng(1)
     tokens = random.integers(0, model.vocab_size, (batch, length + 1)).tolist()
     before = [1 + (3 * row) % length for row in range(batch)]
-    try:
-        for row, count in enumerate(before):
-            runner.forward(StepPlan(0, (Chunk(row, 0, tuple(tokens[row][:count]), (row,)),)))
-        worst = 0.0
-        for rows in (range(batch), range(batch // 2, batch // 2 + 1)):
-            step = StepPlan(
-                0,
-                tuple(
-                    Chunk(row, before[row], (tokens[row][before[row]],), (row,), _SLOTS)
-                    for row in rows
-                ),
-            )
-            expected = runner.forward(step)
-            runner.decoder = decoder
-            found = runner.forward(step)
-            runner.decoder = None
-            error = (found - expected).square().mean(dim=1).sqrt()
-            worst = max(worst, float((error / expected.std(dim=1).clamp_min(1e-6)).max()))
-    finally:
-        runner.decoder = None
-        cache.tensor[:batch] = 0
-    return worst
+    steps = [
+        (Chunk(row, 0, tuple(tokens[row][:count]), (row,), _SLOTS),)
+        for row, count in enumerate(before)
+    ]
+    last = [
+        Chunk(row, count, (tokens[row][count],), (row,), _SLOTS) for row, count in enumerate(before)
+    ]
+    steps += [tuple(last), (last[batch // 2],)]
+    return torch.cat([runner.forward(StepPlan(0, step)) for step in steps])

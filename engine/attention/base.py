@@ -77,3 +77,13 @@ class AttentionBackend(Protocol):
         Returns:
             [tokens, num_heads, head_dim], in the query's dtype.
         """
+
+    def attend(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """`forward` without the write, for keys and values that are in the cache already."""

@@ -85,9 +85,21 @@ class FlashInferBackend:
         """See AttentionBackend.forward."""
         assert self._batch is not None
         assert self._cache is not None
-        if layer.has_sinks:
-            return self._plain.forward(layer, query, key, value, sinks)
         self._cache.write(layer.index, self._batch.write_rows, key, value)
+        return self.attend(layer, query, key, value, sinks)
+
+    def attend(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """See AttentionBackend.attend."""
+        assert self._cache is not None
+        if layer.has_sinks:
+            return self._plain.attend(layer, query, key, value, sinks)
         kind = (layer.window, layer.softcap, layer.scaling, layer.num_heads)
         wrapper = self._planned.get(kind)
         if wrapper is None:

@@ -1,4 +1,5 @@
-// One token of each of some sequences through a whole decoder of Llama's kind, in one call.
+// One token of each of some sequences through a whole decoder of Llama's kind, in one call; and
+// what lies between the linear layers and attention when a step has many tokens.
 //
 // It computes what transformers' modules compute, rounding where they round, without their dozens
 // of small calls a layer. Linear weights are read where oneDNN has packed them:
@@ -209,6 +210,42 @@ inline float silu(float x) {
     return x * (x < 0.0f ? e : 1.0f) / (1.0f + e);
 }
 
+// A head's norm, if it has one, and rotary embedding, in place. Cosines and sines: [dim / 2].
+template <typename T>
+void turn(T *head, const T *norm, int64_t dim, float epsilon, const T *cos, const T *sin) {
+    const int64_t half = dim / 2;
+    if (norm) rms_norm(head, norm, head, 1, dim, epsilon);
+#pragma omp simd
+    for (int64_t d = 0; d < half; ++d) {
+        const float low = to_float(head[d]), high = to_float(head[d + half]);
+        const float c = to_float(cos[d]), s = to_float(sin[d]);
+        from_float(rounded_to<T>(low * c) + rounded_to<T>(-high * s), &head[d]);
+        from_float(rounded_to<T>(high * c) + rounded_to<T>(low * s), &head[d + half]);
+    }
+}
+
+// x += y, out = norm(x), row by row; without y only the norm.
+template <typename T>
+void add_norm(T *x, const T *y, const T *weight, T *out, int64_t rows, int64_t dim, float epsilon,
+              int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && rows > 1)
+    for (int64_t r = 0; r < rows; ++r) {
+        T *row = x + r * dim;
+        if (y)
+#pragma omp simd
+            for (int64_t d = 0; d < dim; ++d)
+                from_float(to_float(row[d]) + to_float(y[r * dim + d]), &row[d]);
+        rms_norm(row, weight, out + r * dim, 1, dim, epsilon);
+    }
+}
+
+// gate = silu(gate) * up.
+template <typename T> void gate_up(T *gate, const T *up, int64_t count, int threads) {
+#pragma omp parallel for simd num_threads(threads) if (threads > 1 && count > 4096)
+    for (int64_t i = 0; i < count; ++i)
+        from_float(rounded_to<T>(silu(to_float(gate[i]))) * to_float(up[i]), &gate[i]);
+}
+
 struct Decoder {
     virtual ~Decoder() = default;
     virtual void set_linear(int64_t layer, int which, const void *weight, const void *bias,
@@ -218,6 +255,11 @@ struct Decoder {
     virtual void step(int64_t batch, const int64_t *tokens, const int64_t *positions,
                       const int64_t *rows, const int64_t *tables, int64_t table_stride,
                       const int64_t *ends, float *logits) = 0;
+    virtual void turn_all(int64_t layer, void *queries, void *keys, const void *values,
+                          const int64_t *positions, const int64_t *rows, int64_t tokens) = 0;
+    virtual void add_norm_of(int64_t layer, bool mlp, void *x, const void *y, void *out,
+                             int64_t tokens) = 0;
+    virtual void gate_all(void *gate, const void *up, int64_t tokens) = 0;
     double attention_s = 0, linear_s = 0;  // spent so far
 };
 
@@ -315,6 +357,42 @@ template <typename T> class DecoderOf : public Decoder {
         team_->end();
     }
 
+    // Queries [tokens, heads, dim] and keys normed and turned in place, keys and values stored.
+    void turn_all(int64_t layer, void *queries, void *keys, const void *values,
+                  const int64_t *positions, const int64_t *rows, int64_t tokens) override {
+        const OfLayer &l = layers_[size_t(layer)];
+        const int64_t dim = s_.dim, half = dim / 2;
+#pragma omp parallel for num_threads(s_.threads) if (s_.threads > 1)
+        for (int64_t t = 0; t < tokens; ++t) {
+            T *query = static_cast<T *>(queries) + t * s_.heads * dim;
+            T *key = static_cast<T *>(keys) + t * s_.kv_heads * dim;
+            const T *value = static_cast<const T *>(values) + t * s_.kv_heads * dim;
+            const T *cos = cos_ + positions[t] * half, *sin = sin_ + positions[t] * half;
+            for (int64_t h = 0; h < s_.heads; ++h)
+                turn(query + h * dim, l.q_norm, dim, s_.epsilon, cos, sin);
+            for (int64_t h = 0; h < s_.kv_heads; ++h) {
+                turn(key + h * dim, l.k_norm, dim, s_.epsilon, cos, sin);
+                const int64_t place = rows[t] * dim + h * s_.head_stride;
+                std::memcpy(l.keys + place, key + h * dim, size_t(dim) * sizeof(T));
+                std::memcpy(l.values + place, value + h * dim, size_t(dim) * sizeof(T));
+            }
+        }
+    }
+
+    // x += y (or none), and the norm before a layer's attention or MLP; layer `layers`: the last.
+    void add_norm_of(int64_t layer, bool mlp, void *x, const void *y, void *out,
+                     int64_t tokens) override {
+        const T *weight = norm_;
+        if (layer < s_.layers)
+            weight = mlp ? layers_[size_t(layer)].mlp_norm : layers_[size_t(layer)].norm;
+        add_norm(static_cast<T *>(x), static_cast<const T *>(y), weight, static_cast<T *>(out),
+                 tokens, s_.hidden, s_.epsilon, s_.threads);
+    }
+
+    void gate_all(void *gate, const void *up, int64_t tokens) override {
+        gate_up(static_cast<T *>(gate), static_cast<const T *>(up), tokens * s_.mlp, s_.threads);
+    }
+
   private:
     static double seconds(Clock::time_point from, Clock::time_point to) {
         return std::chrono::duration<double>(to - from).count();
@@ -385,19 +463,6 @@ template <typename T> class DecoderOf : public Decoder {
         });
     }
 
-    // A head's norm, if it has one, and rotary embedding, in place.
-    void turn(T *head, const T *norm, int64_t position) {
-        const int64_t half = s_.dim / 2;
-        if (norm) rms_norm(head, norm, head, 1, s_.dim, s_.epsilon);
-        const T *cos = cos_ + position * half, *sin = sin_ + position * half;
-        for (int64_t d = 0; d < half; ++d) {
-            const float low = to_float(head[d]), high = to_float(head[d + half]);
-            const float c = to_float(cos[d]), s = to_float(sin[d]);
-            from_float(rounded_to<T>(low * c) + rounded_to<T>(-high * s), &head[d]);
-            from_float(rounded_to<T>(high * c) + rounded_to<T>(low * s), &head[d + half]);
-        }
-    }
-
     // One token's heads that share a KV head: turned, its key and value stored, attended.
     void attend(const OfLayer &layer, int64_t b, int64_t kv_head, int64_t position, int64_t row,
                 const int64_t *table, int64_t end, std::vector<float> &space) {
@@ -405,8 +470,10 @@ template <typename T> class DecoderOf : public Decoder {
         T *query = &qkv_[size_t(b * width_)];
         T *key = query + (s_.heads + kv_head) * dim, *value = key + s_.kv_heads * dim;
         for (int64_t g = 0; g < sharing; ++g)
-            turn(query + (kv_head * sharing + g) * dim, layer.q_norm, position);
-        turn(key, layer.k_norm, position);
+            turn(query + (kv_head * sharing + g) * dim, layer.q_norm, dim, s_.epsilon,
+                 cos_ + position * dim / 2, sin_ + position * dim / 2);
+        turn(key, layer.k_norm, dim, s_.epsilon, cos_ + position * dim / 2,
+             sin_ + position * dim / 2);
         const int64_t place = row * dim + kv_head * s_.head_stride;
         std::memcpy(layer.keys + place, key, size_t(dim) * sizeof(T));
         std::memcpy(layer.values + place, value, size_t(dim) * sizeof(T));
@@ -475,6 +542,22 @@ void baton_decoder_free(void *decoder) { delete static_cast<Decoder *>(decoder);
 void baton_decoder_linear(void *decoder, int64_t layer, int which, const void *weight,
                           const void *bias, int64_t in, int64_t out, int64_t together) {
     static_cast<Decoder *>(decoder)->set_linear(layer, which, weight, bias, in, out, together);
+}
+
+// Of a step with many tokens: see DecoderOf.
+void baton_decoder_turn(void *decoder, int64_t layer, void *queries, void *keys, const void *values,
+                        const int64_t *positions, const int64_t *rows, int64_t tokens) {
+    static_cast<Decoder *>(decoder)->turn_all(layer, queries, keys, values, positions, rows,
+                                              tokens);
+}
+
+void baton_decoder_norm(void *decoder, int64_t layer, int mlp, void *x, const void *y, void *out,
+                        int64_t tokens) {
+    static_cast<Decoder *>(decoder)->add_norm_of(layer, mlp != 0, x, y, out, tokens);
+}
+
+void baton_decoder_gate(void *decoder, void *gate, const void *up, int64_t tokens) {
+    static_cast<Decoder *>(decoder)->gate_all(gate, up, tokens);
 }
 
 // Seconds spent in attention, rotary embedding included, and in linear layers, so far.

@@ -44,6 +44,7 @@ void decode_by_dim(const Layer &layer, More... more) {
 #ifdef BATON_DOT_BF16
 
 constexpr int64_t QUERIES = 32, KEYS = 512;  // of one tile
+constexpr int64_t PANEL = 64;                // keys that are packed together
 
 // C[8, 16 * W] (+)= A[8, 2 * pairs] B[pairs, columns, 2]; A's rows and B's pairs as uint32.
 template <int W>
@@ -79,6 +80,60 @@ void multiply(const uint32_t *a, int64_t lda, const uint32_t *b, int64_t ldb, in
     }
 }
 
+// e^x in 16 lanes, relative error below 2e-7; x <= 0.
+inline __m512 exp_lanes(__m512 x) {
+    x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
+    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 0);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
+    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+    for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
+                    5.0000001201e-1f})
+        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
+    p = _mm512_fmadd_ps(_mm512_mul_ps(p, r), r, _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
+    return _mm512_scalef_ps(p, n);
+}
+
+// The lanes of 16 columns from `column` on that are in [low, high).
+inline __mmask16 between(int64_t column, int64_t low, int64_t high) {
+    const int64_t first = low - column, last = high - column;
+    const uint32_t from = first <= 0 ? 0xffffu : (first < 16 ? 0xffffu << first : 0u);
+    const uint32_t until = last >= 16 ? 0xffffu : (last > 0 ? (1u << last) - 1 : 0u);
+    return __mmask16(from & until);
+}
+
+// Weights from the scores [low, high) of a row, as far as they are known: `top` and `total` go on
+// from those seen before. Other weights are 0. Returns what sums so far are to be multiplied by.
+inline float weigh(const float *scores, uint16_t *weights, int64_t width, int64_t low, int64_t high,
+                   float scaling, float &top, float &total) {
+    const int64_t first = low / 32 * 32, last = (high + 31) / 32 * 32;
+    const __m512 lowest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+    __m512 most = lowest;
+    for (int64_t j = first; j < last; j += 16)
+        most = _mm512_max_ps(
+            most, _mm512_mask_loadu_ps(lowest, between(j, low, high), scores + j));
+    const float known = top, best = _mm512_reduce_max_ps(most) * scaling;
+    top = best > known ? best : known;
+    const __m512 factor = _mm512_set1_ps(scaling), offset = _mm512_set1_ps(-top);
+    __m512 sum = _mm512_setzero_ps();
+    std::memset(weights, 0, size_t(first) * 2);
+    for (int64_t j = first; j < last; j += 32) {
+        __m512 part[2];
+        for (int64_t e = 0; e < 2; ++e) {
+            const __m512 score = _mm512_loadu_ps(scores + j + 16 * e);
+            part[e] = _mm512_maskz_mov_ps(between(j + 16 * e, low, high),
+                                          exp_lanes(_mm512_fmadd_ps(score, factor, offset)));
+            sum = _mm512_add_ps(sum, part[e]);
+        }
+        const __m512bh both = _mm512_cvtne2ps_pbh(part[1], part[0]);
+        _mm512_storeu_si512(weights + j, (__m512i)both);
+    }
+    std::memset(weights + last, 0, size_t(width - last) * 2);
+    const float shrink = exp_negative(known - top);
+    total = total * shrink + _mm512_reduce_add_ps(sum);
+    return shrink;
+}
+
 struct Tile {
     std::vector<uint32_t> query, weights;
     std::vector<float> scores, sums;
@@ -87,7 +142,7 @@ struct Tile {
 
 // Queries [first, last) of one head; their positions follow `start`. Keys are packed from `origin`.
 void prefill_tile(const Layer &layer, const bf16 *query, bf16 *out, const uint32_t *keys,
-                  const uint32_t *values, int64_t padded, int64_t origin, int64_t start,
+                  const uint32_t *values, int64_t origin, int64_t start,
                   int64_t first, int64_t last, int64_t window, int64_t head, Tile &t) {
     const int64_t dim = layer.dim, pairs = dim / 2, count = last - first;
     t.query.assign(size_t(QUERIES * pairs), 0);
@@ -102,13 +157,14 @@ void prefill_tile(const Layer &layer, const bf16 *query, bf16 *out, const uint32
     }
     const int64_t rows = (count + 7) / 8 * 8, stop = start + last - origin;
     int64_t begin = window ? start + first - window + 1 - origin : 0;
-    begin = begin > 0 ? begin / 32 * 32 : 0;
+    begin = begin > 0 ? begin / PANEL * PANEL : 0;
     for (int64_t k = begin; k < stop; k += KEYS) {
-        const int64_t some = stop - k < KEYS ? stop - k : KEYS, width = (some + 31) / 32 * 32;
-        multiply(t.query.data(), pairs, keys + k, padded, rows, width, pairs, t.scores.data(),
-                 KEYS, false);
+        const int64_t some = stop - k < KEYS ? stop - k : KEYS;
+        const int64_t width = (some + PANEL - 1) / PANEL * PANEL;
+        for (int64_t n = 0; n < width; n += PANEL)
+            multiply(t.query.data(), pairs, keys + (k + n) * pairs, PANEL, rows, PANEL, pairs,
+                     t.scores.data() + n, KEYS, false);
         for (int64_t i = 0; i < count; ++i) {
-            float *row = &t.scores[size_t(i * KEYS)];
             uint16_t *weight = reinterpret_cast<uint16_t *>(&t.weights[size_t(i * KEYS / 2)]);
             const int64_t position = start + first + i - origin;
             int64_t low = window ? position - window + 1 - k : 0, high = position + 1 - k;
@@ -118,25 +174,10 @@ void prefill_tile(const Layer &layer, const bf16 *query, bf16 *out, const uint32
                 std::memset(weight, 0, size_t(width) * 2);
                 continue;
             }
-            float top = t.top[i], total = 0.0f;
-#pragma omp simd reduction(max : top)
-            for (int64_t j = low; j < high; ++j) {
-                row[j] *= layer.scaling;
-                top = row[j] > top ? row[j] : top;
-            }
-            const float shrink = exp_negative(t.top[i] - top);
-#pragma omp simd reduction(+ : total)
-            for (int64_t j = low; j < high; ++j) {
-                row[j] = exp_negative(row[j] - top);
-                total += row[j];
-            }
-            std::memset(weight, 0, size_t(low) * 2);
-            for (int64_t j = low; j < high; ++j) weight[j] = rounded(row[j]);
-            std::memset(weight + high, 0, size_t(width - high) * 2);
+            const float shrink = weigh(&t.scores[size_t(i * KEYS)], weight, width, low, high,
+                                       layer.scaling, t.top[i], t.total[i]);
             if (shrink != 1.0f)
                 for (int64_t d = 0; d < dim; ++d) t.sums[size_t(i * dim + d)] *= shrink;
-            t.total[i] = t.total[i] * shrink + total;
-            t.top[i] = top;
         }
         multiply(t.weights.data(), KEYS / 2, values + k / 2 * dim, dim, rows, dim, width / 2,
                  t.sums.data(), dim, true);
@@ -147,7 +188,7 @@ void prefill_tile(const Layer &layer, const bf16 *query, bf16 *out, const uint32
                        out + (first + i) * layer.out_stride + head * dim + d);
 }
 
-// Keys as [dim / 2, padded, 2], values as [padded / 2, dim, 2]: what `multiply` reads.
+// Keys as [padded / 64, dim / 2, 64, 2], values as [padded / 2, dim, 2]: what `multiply` reads.
 void pack(const Layer &layer, const bf16 *keys, const bf16 *values, const int64_t *table,
           int64_t origin, int64_t end, int64_t kv_head, uint32_t *packed_keys,
           uint32_t *packed_values, int64_t padded) {
@@ -162,11 +203,12 @@ void pack(const Layer &layer, const bf16 *keys, const bf16 *values, const int64_
             key[e] = &keys[place].bits;
             value[e] = &values[place].bits;
         }
+        uint32_t *panel = packed_keys + j / PANEL * PANEL * pairs;
         for (int64_t e = 0; e < 2; ++e)
             for (int64_t p = 0; p < pairs; ++p) {
                 uint32_t both = 0;
                 if (key[e]) std::memcpy(&both, key[e] + 2 * p, 4);
-                packed_keys[p * padded + j + e] = both;
+                panel[p * PANEL + (j + e) % PANEL] = both;
             }
         uint32_t *row = packed_values + j / 2 * dim;
         for (int64_t d = 0; d < dim; ++d) {
@@ -182,7 +224,7 @@ void prefill(const Layer &layer, const bf16 *query, bf16 *out, const bf16 *keys,
     const int64_t start = kv_len - length, sharing = layer.heads / layer.kv_heads;
     int64_t origin = window ? start - window + 1 : 0;
     origin = origin > 0 ? origin / 2 * 2 : 0;
-    const int64_t padded = (kv_len - origin + 31) / 32 * 32;
+    const int64_t padded = (kv_len - origin + PANEL - 1) / PANEL * PANEL;
     const int64_t tiles = (length + QUERIES - 1) / QUERIES, size = padded * layer.dim / 2;
     std::vector<uint32_t> packed(size_t(2 * layer.kv_heads * size));
     uint32_t *all = packed.data();
@@ -198,7 +240,7 @@ void prefill(const Layer &layer, const bf16 *query, bf16 *out, const bf16 *keys,
             const int64_t head = item / tiles, first = (tiles - 1 - item % tiles) * QUERIES;
             const int64_t h = head / sharing;
             const int64_t last = first + QUERIES < length ? first + QUERIES : length;
-            prefill_tile(layer, query, out, all + 2 * h * size, all + (2 * h + 1) * size, padded,
+            prefill_tile(layer, query, out, all + 2 * h * size, all + (2 * h + 1) * size,
                          origin, start, first, last, window, head, tile);
         }
     }

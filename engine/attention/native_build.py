@@ -121,6 +121,12 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     library.baton_decoder_free.restype = None
     library.baton_decoder_linear.argtypes = [_P, _I, _N, _P, _P, _I, _I, _I]
     library.baton_decoder_linear.restype = None
+    library.baton_decoder_turn.argtypes = [_P, _I, _P, _P, _P, _P, _P, _I]
+    library.baton_decoder_turn.restype = None
+    library.baton_decoder_norm.argtypes = [_P, _I, _N, _P, _P, _P, _I]
+    library.baton_decoder_norm.restype = None
+    library.baton_decoder_gate.argtypes = [_P, _P, _P, _I]
+    library.baton_decoder_gate.restype = None
     library.baton_decoder_seconds.argtypes = [_P, _P, _P]
     library.baton_decoder_seconds.restype = None
     library.baton_linear.argtypes = [_N, _P, _P, _I, _I, _I, _P]
