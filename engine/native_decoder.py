@@ -189,24 +189,21 @@ class NativeDecoder:
 
     def forward(
         self,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        rows: torch.Tensor,
+        inputs: torch.Tensor,
         keep: torch.Tensor,
         backend: AttentionBackend,
     ) -> torch.Tensor:
         """A step of any kind; `backend` is prepared for it.
 
         Args:
-            tokens: [tokens] int64 token ids.
-            positions: [tokens] int64.
-            rows: [tokens] int64, each token's row in the cache (KvCache.write).
+            inputs: [3, tokens] int64: token ids, positions, rows in the cache (KvCache.write).
             keep: the tokens whose logits are wanted.
             backend: attends to what is in the cache.
 
         Returns:
             [len(keep), vocab_size] float32 logits.
         """
+        tokens, positions, rows = inputs.unbind()
         count = len(tokens)
         x = torch.index_select(self._embedding, 0, tokens)
         a = torch.empty_like(x)

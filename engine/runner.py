@@ -116,8 +116,9 @@ class ModelRunner:
             self.cache,
         )
         if self.decoder is not None:
-            places = (on_device[part * num_tokens : (part + 1) * num_tokens] for part in range(3))
-            return self.decoder.forward(*places, keep, self.backend)
+            return self.decoder.forward(
+                on_device[: 3 * num_tokens].view(3, num_tokens), keep, self.backend
+            )
         self.model.slot.backend = self.backend
         options = {"logits_to_keep": keep} if self._keeps_logits else {}
         logits: torch.Tensor = self.model.module(

@@ -69,7 +69,7 @@ def _logits(runner: ModelRunner) -> torch.Tensor:
     random = np.random.default_rng(1)
     tokens = random.integers(0, model.vocab_size, (batch, length + 1)).tolist()
     before = [1 + (3 * row) % length for row in range(batch)]
-    steps = [
+    steps: list[tuple[Chunk, ...]] = [
         (Chunk(row, 0, tuple(tokens[row][:count]), (row,), _SLOTS),)
         for row, count in enumerate(before)
     ]

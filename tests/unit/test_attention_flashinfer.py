@@ -58,7 +58,8 @@ class StandInWrapper:
         for index, last in enumerate(self._last):
             table = self._indices[self._indptr[index] : self._indptr[index + 1]]
             length = (len(table) - 1) * self._page_size + last
-            key, value = (page[table].flatten(0, 1)[:length] for page in pages)
+            # HND: [pages, heads, tokens, dim]
+            key, value = (page[table].transpose(1, 2).flatten(0, 1)[:length] for page in pages)
             first, end = self._query_indptr[index : index + 2]
             parts.append(dense(self._layer, query[first:end], key, value, None))
         return torch.cat(parts)
@@ -67,10 +68,16 @@ class StandInWrapper:
 class StandIn:
     """In place of the flashinfer module."""
 
-    def BatchDecodeWithPagedKVCacheWrapper(self, *_: Any, **__: Any) -> StandInWrapper:
+    def BatchDecodeWithPagedKVCacheWrapper(
+        self, workspace: torch.Tensor, kv_layout: str, **_: Any
+    ) -> StandInWrapper:
+        assert kv_layout == "HND"
         return StandInWrapper(prefill=False)
 
-    def BatchPrefillWithPagedKVCacheWrapper(self, *_: Any, **__: Any) -> StandInWrapper:
+    def BatchPrefillWithPagedKVCacheWrapper(
+        self, workspace: torch.Tensor, kv_layout: str, **_: Any
+    ) -> StandInWrapper:
+        assert kv_layout == "HND"
         return StandInWrapper(prefill=True)
 
 
