@@ -13,6 +13,7 @@ from types import FrameType
 from typing import NoReturn, Protocol
 
 from cluster.draining import Drainable, drain_while_alive
+from cluster.where import tell_on_signal
 from contracts.errors import ConfigurationError, EngineFailure, ServingError
 from contracts.ids import Incarnation, WorkerId
 from contracts.worker import Role, WorkerAddress, WorkerConfig
@@ -73,6 +74,7 @@ async def _serve_worker(config: WorkerConfig, drain_s: float) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, signals.put_nowait, None)
+    tell_on_signal(loop)
     logger.info("starting %s worker %s", config.role, config.worker_id)
     worker = make_worker(config)
     stopped = asyncio.create_task(signals.get(), name="first-signal")
@@ -207,6 +209,7 @@ def run_router(
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
+            tell_on_signal(asyncio.get_running_loop())
             if self.started:
                 bound = self.servers[0].sockets[0].getsockname()[1]
                 print(f"baton router ready url=http://{host}:{bound}", flush=True)

@@ -64,6 +64,12 @@ def test_three_processes_serve_and_end_well(start: Callable[..., Command], model
     assert (first["role"], second["role"]) == ("prefill", "decode")
     assert first["ended_transfers"] == {"released": 1}  # so the handoff was used
 
+    for command in (*workers, router):  # where it is, without an end of its work
+        command.process.send_signal(signal.SIGUSR1)
+        for told in ("most recent call first", "Stack for <Task"):
+            wait_for(lambda: told in command.output, told)  # noqa: B023 - called at once
+    assert complete(url) == 8
+
     for command, number in zip((*workers, router), (15, 2, 15), strict=True):
         assert command.end(signal.Signals(number)) == 0
 

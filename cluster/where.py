@@ -1,0 +1,18 @@
+"""Where a process is: `kill -USR1 PID` writes the stacks of its threads and tasks to stderr."""
+
+import asyncio
+import faulthandler
+import signal
+import sys
+
+
+def tell_on_signal(loop: asyncio.AbstractEventLoop) -> None:
+    """Listen for SIGUSR1. Threads are told even if the loop is stuck, tasks if it is not."""
+
+    def tell_tasks() -> None:
+        for task in asyncio.all_tasks(loop):
+            task.print_stack(limit=8, file=sys.stderr)
+        sys.stderr.flush()
+
+    loop.add_signal_handler(signal.SIGUSR1, tell_tasks)
+    faulthandler.register(signal.SIGUSR1, chain=True)  # after it: the first to be called
