@@ -18,6 +18,11 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         "--kv-memory", metavar="SIZE", help="KV cache of each worker: bytes, 512MiB, 2GB"
     )
     group.add_argument("--num-threads", metavar="N", help="CPU threads of each worker")
+    group.add_argument(
+        "--tensor-parallel-size",
+        metavar="N",
+        help="split each worker's model over N GPUs, or processes on a CPU (default 1)",
+    )
 
 
 def add_http(parser: argparse.ArgumentParser) -> None:

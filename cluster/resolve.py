@@ -7,7 +7,7 @@ How defaults are chosen:
   there and closer to exact) if all workers' weights then fit a quarter of the free memory.
 - kv_memory, of each worker: on a CPU, room for 16 sequences of full length, between 64 MiB and
   4 GiB, and never more than half of the free memory over all workers. On a GPU, 85 % of what is
-  free after the weights, shared by the workers of that GPU.
+  free after the weights, shared by the workers of that GPU; of N GPUs if a worker has N ranks.
 - max_model_len: the model's own, cut to what one worker's cache can hold once.
 - num_threads: the cores, shared by the workers (1 on a GPU's host side is left to torch).
 """
@@ -44,7 +44,7 @@ class ResolvedCluster:
     kv_memory_bytes: int  # of each worker
     max_model_len: int | None
     num_threads: int | None  # of each worker
-    worker_gpus: float  # what Ray reserves for each worker
+    worker_gpus: float  # what Ray reserves for each rank of a worker
     local: bool  # all on this machine, on its loopback address
     weight_bytes: int = 0  # of each worker, as loaded
 
@@ -74,8 +74,14 @@ class ResolvedCluster:
         return replace(self, model_path=str(find_model(self.settings.model)))
 
     def worker_config(self, role: Role, worker_id: str, host: str, port: int = 0) -> WorkerConfig:
-        """The configuration of one worker."""
+        """The configuration of one worker.
+
+        Raises:
+            ConfigurationError: a worker of this role cannot have that many ranks.
+        """
         settings = self.settings
+        if role is Role.PREFILL:
+            _check_role(settings)
         return WorkerConfig(
             role=role,
             worker_id=WorkerId(worker_id),
@@ -92,6 +98,7 @@ class ResolvedCluster:
             max_running=settings.max_running,
             max_waiting=settings.max_waiting,
             num_threads=self.num_threads,
+            tensor_parallel_size=settings.tensor_parallel_size,
             prefix_caching=settings.prefix_caching,
             lease_ms=settings.lease_ms,
             read_timeout_ms=settings.read_timeout_ms,
@@ -121,13 +128,19 @@ def resolve(
     """
     checkpoint = read_checkpoint(find_model(settings.model))
     if num_workers is None:
+        if not settings.aggregated:
+            _check_role(settings)
         prefill = 0 if settings.aggregated else settings.prefill
         num_workers = prefill + settings.decode if local else 1
     device = _device(settings, machine, check=local)
     dtype = _dtype(settings, checkpoint, machine, device, num_workers)
     on_gpu = device.startswith("cuda")
-    sharing = -(-num_workers // max(1, machine.gpus)) if on_gpu else num_workers
-    kv_bytes = settings.kv_memory or _kv_bytes(checkpoint, machine, device, dtype, sharing)
+    if local and on_gpu:
+        _check_ranks(settings, machine)
+    sharing = _sharing(settings, machine, num_workers) if on_gpu else num_workers
+    kv_bytes = settings.kv_memory or _kv_bytes(
+        checkpoint, machine, device, dtype, sharing, settings.tensor_parallel_size
+    )
     if local and not on_gpu:
         _check_memory(checkpoint, machine, dtype, num_workers, kv_bytes)
     key = read_cluster_key(settings.cluster_key, settings.cluster_key_file)
@@ -171,6 +184,29 @@ def resolve_router(settings: ClusterSettings) -> RouterConfig:
     return resolve_front(settings, path).router_config(settings, str(path), key)
 
 
+def _check_ranks(settings: ClusterSettings, machine: Machine) -> None:
+    ranks = settings.tensor_parallel_size
+    if ranks > machine.gpus:
+        raise ConfigurationError(
+            f"tensor_parallel_size {ranks} needs as many GPUs; this machine has {machine.gpus}"
+        )
+
+
+def _check_role(settings: ClusterSettings) -> None:
+    """Refuse what only decode workers without prefill workers can do as yet."""
+    if settings.tensor_parallel_size > 1:
+        raise ConfigurationError(
+            f"tensor_parallel_size {settings.tensor_parallel_size} works without prefill workers"
+            " only: add --aggregated (or start decode workers alone)"
+        )
+
+
+def _sharing(settings: ClusterSettings, machine: Machine, num_workers: int) -> int:
+    """How many workers share a GPU, or the N GPUs of their ranks."""
+    groups = max(1, machine.gpus // settings.tensor_parallel_size)
+    return -(-num_workers // groups)
+
+
 def _device(settings: ClusterSettings, machine: Machine, *, check: bool) -> str:
     if settings.device == "auto":
         return "cuda" if machine.gpus else "cpu"
@@ -196,13 +232,13 @@ def _dtype(
 
 
 def _kv_bytes(
-    checkpoint: Checkpoint, machine: Machine, device: str, dtype: str, sharing: int
+    checkpoint: Checkpoint, machine: Machine, device: str, dtype: str, sharing: int, ranks: int
 ) -> int:
     weights = checkpoint.weight_bytes_as(dtype)
     if device.startswith("cuda"):
         if machine.gpu_free_bytes is None:
             raise ConfigurationError("cannot see how much GPU memory is free; set kv_memory")
-        room = int(0.85 * machine.gpu_free_bytes / sharing) - weights
+        room = int(0.85 * ranks * machine.gpu_free_bytes / sharing) - weights
         if room < _MIN_KV_BYTES:
             raise ConfigurationError(
                 f"too little GPU memory: {gib(machine.gpu_free_bytes)} free for {sharing}"
@@ -214,7 +250,7 @@ def _kv_bytes(
         wish = _UNKNOWN_KV_BYTES
     else:
         wish = _FULL_SEQUENCES * checkpoint.max_model_len * per_token
-    spare = machine.free_bytes // sharing - weights - _PROCESS_BYTES
+    spare = machine.free_bytes // sharing - weights - ranks * _PROCESS_BYTES
     return max(_MIN_KV_BYTES, min(wish, spare // 2, _MAX_CPU_KV_BYTES))
 
 

@@ -89,9 +89,11 @@ async def report_failure(app_name: str, who: str, error: BaseException) -> None:
 
 def _workers(cluster: ResolvedCluster, role: Role, count: int) -> Application:
     settings = cluster.settings
-    options: dict[str, float] = {"num_cpus": 0.1 if cluster.local else settings.worker_cpus}
+    # One actor, so one bundle: all ranks of a worker are on one node.
+    cpus = settings.worker_cpus * settings.tensor_parallel_size
+    options: dict[str, float] = {"num_cpus": 0.1 if cluster.local else cpus}
     if cluster.worker_gpus:
-        options["num_gpus"] = cluster.worker_gpus
+        options["num_gpus"] = cluster.worker_gpus * settings.tensor_parallel_size
     shell = serve.deployment(
         WorkerDeployment,
         name=_WORKER_NAMES[role],

@@ -138,6 +138,7 @@ class ClusterSettings(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     block_size: int = Field(default=16, ge=1, le=1024)
     kv_memory: Size | None = None  # of each worker
+    tensor_parallel_size: int = Field(default=1, ge=1, le=64)  # ranks of each worker
     max_model_len: int | None = Field(default=None, ge=2)
     max_step_tokens: int = Field(default=2048, ge=1)
     max_running: int = Field(default=256, ge=1)
@@ -152,7 +153,7 @@ class ClusterSettings(BaseModel):
     cluster_key: str | None = Field(default=None, min_length=8, repr=False)
     cluster_key_file: str | None = None
 
-    worker_cpus: float = Field(default=1.0, ge=0)  # what Ray reserves for each worker
+    worker_cpus: float = Field(default=1.0, ge=0)  # what Ray reserves for each rank of a worker
     worker_gpus: float | None = Field(default=None, ge=0)
     drain_timeout_s: float = Field(default=60.0, ge=2)  # of a worker that is scaled down
     router_drain_s: float = Field(default=600.0, ge=2)  # streams of a router that is scaled down

@@ -45,7 +45,8 @@ class WorkerConfig:
     """All a worker process needs, every default resolved by `cluster`.
 
     `cluster_key` authenticates sessions and peer links and signs `kv_transfer_params`.
-    `num_threads` is torch's intra-op thread count (None: torch's own choice).
+    `num_threads` is torch's intra-op thread count (None: torch's own choice). With several ranks
+    (`tensor_parallel_size`, a process each) it and the KV memory are shared by them.
     """
 
     role: Role
@@ -63,6 +64,7 @@ class WorkerConfig:
     max_running: int = 256  # sequences in a step
     max_waiting: int = 1024  # requests; beyond: refused
     num_threads: int | None = None
+    tensor_parallel_size: int = 1  # ranks, on devices that follow `device`
     prefix_caching: bool = True
     lease_ms: int = 2000
     read_timeout_ms: int = 10_000  # D gives a silent read up and recomputes

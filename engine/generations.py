@@ -1,5 +1,7 @@
 """Generation words: one 64-bit word a block, bumped before a new owner may write it (rule F1)."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import numpy.typing as npt
 
@@ -12,6 +14,9 @@ class GenerationWords:
 
     The array is contiguous, 64-bit aligned and never moved: a connector registers it, and peers
     read it after their data (F5, F6). Only the engine thread writes.
+
+    With several ranks each has such a table. Rank 0 counts and keeps a list of what it has bumped,
+    which the others get with the next step, and take over before they compute it (`mirror`).
     """
 
     def __init__(self, num_blocks: int, incarnation: int) -> None:
@@ -19,6 +24,7 @@ class GenerationWords:
         self._words: npt.NDArray[np.uint64] = np.full(num_blocks, tag, dtype=np.uint64)
         self._counters = [0] * num_blocks
         self._tag = tag
+        self._bumped: dict[int, int] | None = None
 
     @property
     def address(self) -> int:
@@ -35,6 +41,22 @@ class GenerationWords:
         counter = (self._counters[block_id] + 1) & _COUNTER_MASK
         self._counters[block_id] = counter
         self._words[block_id] = self._tag | counter
+        if self._bumped is not None:
+            self._bumped[block_id] = self._tag | counter
+
+    def record(self) -> None:
+        """From now on keep what is bumped, for `take_bumped`."""
+        self._bumped = {}
+
+    def take_bumped(self) -> tuple[tuple[int, int], ...]:
+        """(block, word) of all that were bumped since this was last asked."""
+        bumped, self._bumped = self._bumped or {}, {}
+        return tuple(bumped.items())
+
+    def mirror(self, bumped: Iterable[tuple[int, int]]) -> None:
+        """Take over words of rank 0."""
+        for block_id, word in bumped:
+            self._words[block_id] = word
 
     def read(self, block_ids: tuple[int, ...] | list[int]) -> tuple[int, ...]:
         """The words of `block_ids` now."""

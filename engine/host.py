@@ -3,7 +3,6 @@
 import asyncio
 import hashlib
 import logging
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,14 +12,12 @@ from typing import TypeVar
 
 import torch
 
-from contracts.errors import ConfigurationError, Overloaded
+from contracts.errors import Overloaded
 from contracts.ids import Incarnation
 from contracts.memory import KvMemory
 from contracts.request import GenerationRequest
 from contracts.sampling import SamplingParams
 from contracts.worker import WorkerConfig, WorkerInfo
-from engine.attention.native_build import native_library
-from engine.attention.select import select_backend
 from engine.audit import Finding, Known, lines
 from engine.block_pool import BlockPool, Ledger
 from engine.generations import GenerationWords
@@ -28,16 +25,15 @@ from engine.grammar import GrammarCompiler
 from engine.guide import Guide
 from engine.kv_cache import KvCache
 from engine.loop import Engine
-from engine.model import LoadedModel, load_model
-from engine.packed import Packing, pack
+from engine.model import LoadedModel
 from engine.plan import Chunk, SampleSlot, StepPlan, StepResult
-from engine.probe import probe
 from engine.processors import resolve
+from engine.rank_build import build_rank
+from engine.rank_followers import Followers
 from engine.runner import ModelRunner
 from engine.sampler import arg_max, prompt_scores, sample
 from engine.sampling_state import SamplingStates
 from engine.scheduler import EngineEvent, Scheduler, SchedulerConfig
-from engine.speed_up import use_native_decoder
 
 _LOOKS = 3
 _BETWEEN_LOOKS_S = 0.05
@@ -120,68 +116,33 @@ class EngineParts:
     max_model_len: int
     model_digest: dict[str, str]  # what P and D must agree on, by name
 
+    rank_memory: tuple[KvMemory, ...]  # by rank; addresses are those of each rank's own process
+
     @property
     def memory(self) -> KvMemory:
-        """What a connector registers and peers read."""
-        device = self.model.device
-        return KvMemory(
-            dtype=str(self.model.dtype),
-            block_size=self.cache.block_size,
-            base_address=self.cache.base_address,
-            bytes_per_block=self.cache.bytes_per_block,
-            num_blocks=self.cache.num_blocks,
-            words_address=self.words.address,
-            num_layers=self.model.num_layers,
-            num_kv_heads=self.model.num_kv_heads,
-            head_dim=self.model.head_dim,
-            device_index=(device.index or 0) if device.type == "cuda" else None,
-        )
+        """What a connector in this process registers and peers read."""
+        return self.rank_memory[0]
 
 
-def build(config: WorkerConfig, incarnation: Incarnation) -> tuple[EngineParts, ModelComputer]:
-    """Load the model, size the cache, prove that this architecture is served right.
+def build(
+    config: WorkerConfig, incarnation: Incarnation, followers: Followers | None = None
+) -> tuple[EngineParts, ModelComputer]:
+    """Build rank 0 and what only it has.
 
     Raises:
-        UnsupportedModel: refused by name.
-        ConfigurationError: the cache cannot hold what was asked for.
+        ServingError: see `build_rank`; with followers, also what they say.
     """
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
-    compiling = threading.Thread(target=native_library, name="baton-compile", daemon=True)
-    if config.device == "cpu":
-        compiling.start()  # a few seconds at the first start on a machine
-    model = load_model(config.model_path, config.device, config.dtype, config.max_model_len)
-    spec = model.kv_spec(config.block_size)
-    num_blocks = spec.blocks_in(config.kv_memory_bytes)
-    capacity = num_blocks * config.block_size
-    if config.max_model_len is not None and config.max_model_len > capacity:
-        raise ConfigurationError(
-            f"--max-model-len {config.max_model_len} needs more KV memory than "
-            f"{config.kv_memory_bytes >> 20} MiB, which hold {capacity} tokens; "
-            "raise --kv-memory or lower --max-model-len"
-        )
-    max_model_len = min(model.max_model_len, capacity)
-    if max_model_len < 2 * config.block_size:
-        raise ConfigurationError(
-            f"{config.kv_memory_bytes >> 20} MiB of KV memory hold only {capacity} tokens; "
-            "raise --kv-memory"
-        )
-    if compiling.ident is not None:
-        compiling.join()
-    cache = KvCache(spec, num_blocks, model.device)
-    head_dim = model.head_dim
-    backend = select_backend(model.device, model.dtype, head_dim)
-    runner = ModelRunner(model, cache, backend)
-    difference = _probe_packed(runner)
-    log.info(
-        "model ready: %s layers, %d KV blocks of %d tokens, attention %s, probe difference %.2g",
-        model.num_layers,
-        num_blocks,
-        config.block_size,
-        backend.name,
-        difference,
-    )
-    words = GenerationWords(num_blocks, incarnation)
+    if followers is None:
+        rank = build_rank(config, incarnation)
+    else:
+        try:
+            rank = build_rank(config, incarnation, followers.group)
+            followers.finish(rank.words)
+        except Exception as error:
+            raise followers.reason(error) from None
+        rank.runner.followers = followers
+    model, num_blocks = rank.model, rank.cache.num_blocks
+    words, max_model_len = rank.words, rank.max_model_len
     scheduler = Scheduler(
         SchedulerConfig(
             block_size=config.block_size,
@@ -201,30 +162,32 @@ def build(config: WorkerConfig, incarnation: Incarnation) -> tuple[EngineParts, 
         if tokenizer.is_file()
         else "",
     }
-    parts = EngineParts(model, cache, words, scheduler, backend.name, max_model_len, digest)
-    return parts, ModelComputer(runner)
-
-
-def _probe_packed(runner: ModelRunner) -> float:
-    """`probe`, with faster layers if the model is on the CPU and served right that way."""
-    packing = pack(runner.model.module) if runner.model.device.type == "cpu" else Packing()
-    try:
-        difference = probe(runner)
-    except Exception as error:
-        if not packing.replaced:
-            raise
-        log.warning("the layers stay as they are: with faster ones, %s", error)
-        packing.undo()
-        return probe(runner)
-    use_native_decoder(runner)
-    return difference
+    memories = (rank.memory, *(followers.memories if followers is not None else ()))
+    parts = EngineParts(
+        model,
+        rank.cache,
+        words,
+        scheduler,
+        rank.runner.backend.name,
+        max_model_len,
+        digest,
+        memories,
+    )
+    return parts, ModelComputer(rank.runner)
 
 
 class EngineHost:
-    """An engine and the event loop that commands it. Both callbacks run on it."""
+    """An engine and the event loop that commands it. Both callbacks run on it.
 
-    def __init__(self, config: WorkerConfig, incarnation: Incarnation) -> None:
+    `rank_service`: what each further rank's process runs beside its steps (see Followers).
+    """
+
+    def __init__(
+        self, config: WorkerConfig, incarnation: Incarnation, rank_service: str = ""
+    ) -> None:
         self._config = config
+        self._rank_service = rank_service
+        self.followers: Followers | None = None
         self._incarnation = incarnation
         self._engine: Engine | None = None
         self._parts: EngineParts | None = None
@@ -238,6 +201,9 @@ class EngineHost:
     ) -> EngineParts:
         """Build everything in a thread and start stepping. `on_failure`: the engine has died."""
         loop = asyncio.get_running_loop()
+        if self._config.tensor_parallel_size > 1:
+            self.followers = Followers(self._config, self._incarnation, self._rank_service)
+            self.followers.start()
 
         def deliver(events: list[EngineEvent]) -> None:
             if not loop.is_closed():
@@ -251,7 +217,7 @@ class EngineHost:
         # threads than cores, all of them sleep at every wait instead of spinning for a moment.
         with ThreadPoolExecutor(1, "baton-build") as builder:
             parts, computer = await loop.run_in_executor(
-                builder, build, self._config, self._incarnation
+                builder, build, self._config, self._incarnation, self.followers
             )
         self._parts = parts
         model = parts.model
@@ -262,6 +228,8 @@ class EngineHost:
             parts.scheduler, computer, deliver, report, check_ledger=self._config.check_ledger
         )
         self._engine.start()
+        if self.followers is not None:
+            self.followers.watch(self._engine.fail)
         if self._config.warm_grammars:
             self._grammars.warm()
         return parts
@@ -377,6 +345,7 @@ class EngineHost:
             "ledger": {"total": ledger.total, **states},
             "balanced": ledger.balanced,
             "idle": ledger.idle,
+            "tensor_parallel_size": self._config.tensor_parallel_size,
             "steps": self.engine.steps,
             "busy_s": self.engine.busy_s,
             "preemptions": scheduler.preemptions,
@@ -386,8 +355,10 @@ class EngineHost:
         }
 
     def stop(self) -> None:
-        """End the engine thread and the compiler. Idempotent; accepts a host not started."""
+        """End engine thread, compiler and ranks. Idempotent; accepts a host not started."""
         if self._grammars is not None:
             self._grammars.close()
         if self._engine is not None:
             self._engine.stop()
+        if self.followers is not None:
+            self.followers.close()

@@ -81,6 +81,17 @@ class Engine:
         if self._thread.is_alive():
             self._thread.join(timeout_s)
 
+    def fail(self, error: BaseException) -> None:
+        """A part that the thread needs has died (any thread may say so); heard of only once."""
+        with self._wake:
+            if self._stopping or self._failure is not None:
+                return
+            self._failure = error
+            self._stopping = True
+            self._wake.notify()
+        log.error("the engine failed: %s", error)
+        self._on_failure(error)
+
     @property
     def load(self) -> WorkerLoad:
         """The load after the last step or command (any thread)."""
@@ -159,8 +170,10 @@ class Engine:
         except BaseException as error:
             log.exception("the engine failed")
             with self._wake:
-                self._failure = error
-            self._on_failure(error)
+                told = self._failure is not None
+                self._failure = self._failure or error
+            if not told:
+                self._on_failure(error)
         finally:
             self._run_last_commands()
 

@@ -10,10 +10,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from contracts.errors import ConfigurationError
-from engine import hook
+from engine import hook, tensor_parallel
 from engine.architectures import check_config, learn_layers
 from engine.attention.base import AttentionLayer
 from engine.kv_cache import KvSpec
+from engine.rank_group import RankGroup
 from engine.weights import model_folder, weights_digest
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,10 @@ _DTYPES = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedModel:
-    """A model on its device, ready for a ModelRunner. `layers` are by layer index."""
+    """A model on its device, ready for a ModelRunner. `layers` are by layer index.
+
+    With several ranks it is one rank's share: heads are those of this rank.
+    """
 
     module: Any  # a transformers PreTrainedModel
     config: Any  # its text configuration
@@ -47,7 +51,7 @@ class LoadedModel:
 
     @property
     def num_kv_heads(self) -> int:
-        """KV heads of every layer."""
+        """KV heads of every layer, on this rank."""
         return self.layers[0].num_kv_heads
 
     @property
@@ -69,6 +73,7 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "float32",
     max_model_len: int | None = None,
+    group: RankGroup | None = None,
 ) -> LoadedModel:
     """Load a model from a folder or by its hub id.
 
@@ -77,10 +82,12 @@ def load_model(
         device: cpu, cuda, cuda:N.
         dtype: float32, bfloat16 or float16.
         max_model_len: longest sequence in tokens; None, or more than the model's: the model's.
+        group: the ranks that share it, not yet connected; all of them load it together.
 
     Raises:
         UnsupportedModel: the architecture cannot be served exactly; names it and says why.
-        ConfigurationError: no model there, or an unknown dtype.
+        ConfigurationError: no model there, or an unknown dtype, or it cannot be split like that.
+        EngineFailure: another rank is gone.
     """
     began = time.monotonic()
     folder = model_folder(str(path))
@@ -92,15 +99,27 @@ def load_model(
     check_config(config, _model_class(config), limit)
     if not limit:
         raise ConfigurationError("the model states no longest context: set --max-model-len")
+    if group is not None:
+        tensor_parallel.check_heads(text, group.size)
     module = _read_weights(folder, dtype)
     module.eval().requires_grad_(False)
-    module.to(device)
     if device.type == "cpu" and module._can_set_experts_implementation():
         # A loop over the experts: each token's sum is in expert order, whatever the batch.
         module.set_experts_implementation("eager")
-    slot = hook.install(module)
-    layers = trace_layers(module, config, slot)
     head = module.get_output_embeddings()
+    vocab_size = int(text.vocab_size if head is None else head.weight.shape[0])
+    whole = None
+    if group is not None:
+        whole = None if group.rank else tensor_parallel.whole_logits(module)
+        tensor_parallel.split(module, group)
+    module.to(device)
+    slot = hook.install(module)
+    if group is not None:
+        group.connect(device)
+    layers = trace_layers(module, config, slot)
+    if group is not None:
+        tensor_parallel.check_layers(text, layers, group.size)
+        tensor_parallel.check_split(module, whole, group)
     log.info(
         "loaded %s (%s) on %s in %.1f s", folder.name, text.model_type, device,
         time.monotonic() - began,
@@ -111,7 +130,7 @@ def load_model(
         folder=folder,
         layers=layers,
         slot=slot,
-        vocab_size=int(text.vocab_size if head is None else head.weight.shape[0]),
+        vocab_size=vocab_size,
         max_model_len=limit,
         eos_token_ids=_eos_token_ids(module.generation_config),
         dtype=dtype,

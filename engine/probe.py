@@ -8,20 +8,20 @@ import torch
 from contracts.sampling import SamplingParams
 from engine import hook
 from engine.architectures import refuse
+from engine.differences import TOLERANCE, logit_difference
 from engine.plan import Chunk, SampleSlot, StepPlan
 from engine.runner import ModelRunner
 
 log = logging.getLogger(__name__)
 
-# Largest root-mean-square difference of logits, in units of their own spread.
-_TOLERANCE = {torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 1.5e-1}
 _SLOTS = (SampleSlot(choice=0, position=0, params=SamplingParams(max_tokens=1)),)
 
 
 def probe(runner: ModelRunner) -> float:
     """Compare logits of two short prompts: eager attention in one go, and our path in chunks.
 
-    Uses some blocks of the cache, which must be unused yet, and clears them.
+    Uses some blocks of the cache, which must be unused yet, and clears them. The ranks of a worker
+    do this together: each with its own share of the heads, all with the same logits.
 
     Returns:
         The largest difference found, in units of the logits' spread.
@@ -39,12 +39,12 @@ def probe(runner: ModelRunner) -> float:
     table = tuple(range(cache.num_blocks - 1, max(0, cache.num_blocks - 5), -1)) or (0,)
     try:
         worst = max(
-            _difference(_eager(runner, prompt), row)
+            logit_difference(_eager(runner, prompt), row)
             for prompt, row in _paged(runner, tokens, short, table)
         )
     finally:
         cache.tensor[[0, *table]] = 0
-    limit = _TOLERANCE[model.dtype]
+    limit = TOLERANCE[model.dtype]
     if not worst <= limit:  # NaN is a failure too
         raise refuse(
             str(model.config.model_type),
@@ -92,9 +92,3 @@ def _eager(runner: ModelRunner, prompt: tuple[int, ...]) -> torch.Tensor:
         module.set_attn_implementation(hook.SERVE)
     logits: torch.Tensor = result.logits[0, -1]
     return logits.float()
-
-
-def _difference(expected: torch.Tensor, found: torch.Tensor) -> float:
-    """Root mean square of the difference over the expected logits' standard deviation."""
-    spread = expected.std()
-    return float((found - expected).square().mean().sqrt() / spread.clamp_min(1e-6))

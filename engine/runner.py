@@ -1,59 +1,44 @@
 """Computes a plan: a flattened batch in, the logit rows that are drawn from or scored."""
 
 import inspect
-from itertools import chain
+from typing import Protocol
 
-import numpy as np
 import torch
 
-from engine.attention.base import AttentionBackend, IntArray, StepBatch
+from engine.arrays import BlockTables, Moves, StepArrays, step_arrays
+from engine.attention.base import AttentionBackend, StepBatch
 from engine.kv_cache import KvCache
 from engine.model import LoadedModel
 from engine.native_decoder import MAX_BATCH, NativeDecoder
-from engine.plan import Chunk, StepPlan
+from engine.plan import StepPlan
 
 
-def rows_of(chunk: Chunk) -> list[int]:
-    """Which of a chunk's tokens have their logits kept, by offset: the scored ones, the last."""
-    rows = list(range(len(chunk.scored_ids)))
-    if chunk.slots:
-        rows.append(len(chunk.token_ids) - 1)
-    return rows
+class StepFollowers(Protocol):
+    """The other ranks, which compute the same steps with their shares of the model."""
 
-
-class BlockTables:
-    """Block tables as arrays. Keeps those of the last step, for most sequences have them again."""
-
-    def __init__(self) -> None:
-        self._last: dict[int, tuple[tuple[int, ...], IntArray]] = {}
-
-    def of(self, plan: StepPlan) -> list[IntArray]:
-        """One array of block ids for each sequence, in the plan's order."""
-        kept: dict[int, tuple[tuple[int, ...], IntArray]] = {}
-        tables = []
-        sequences = [stream.sequence for stream in plan.decodes.streams]
-        streams = zip(sequences, plan.decodes.block_tables, strict=True)
-        others = [(chunk.sequence, chunk.block_table) for chunk in plan.others]
-        for sequence, blocks in chain(streams, others):
-            entry = self._last.get(sequence)
-            if entry is None or entry[0] is not blocks:  # the same object while nothing changes
-                entry = (blocks, np.asarray(blocks, dtype=np.int64))
-            kept[sequence] = entry
-            tables.append(entry[1])
-        self._last = kept
-        return tables
+    def send(self, moves: Moves, arrays: StepArrays | None) -> None:
+        """Have them move blocks, then compute; with no arrays: move, and return once all have."""
+        ...
 
 
 class ModelRunner:
     """Runs a model over the paged cache. The only user of both; used by one thread.
 
-    With a `decoder`, that computes the steps instead of the model's modules.
+    With a `decoder`, that computes the steps instead of the model's modules. `followers`: of rank
+    0 of several, which alone makes plans.
     """
 
-    def __init__(self, model: LoadedModel, cache: KvCache, backend: AttentionBackend) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        cache: KvCache,
+        backend: AttentionBackend,
+        followers: StepFollowers | None = None,
+    ) -> None:
         self.model = model
         self.cache = cache
         self.backend = backend
+        self.followers = followers
         self.decoder: NativeDecoder | None = None
         self._tables = BlockTables()
         parameters = inspect.signature(model.module.forward).parameters
@@ -61,56 +46,47 @@ class ModelRunner:
         model.slot.backend = backend
 
     def forward(self, plan: StepPlan) -> torch.Tensor:
-        """Compute a step: copies first, then all chunks in one forward pass.
+        """Compute a step: moves first, then all chunks in one forward pass.
 
         Returns:
             [rows, vocab_size] float32 on the model's device: the logits of each chunk's
             `rows_of`, in plan order. The device may still be computing them.
         """
         with torch.inference_mode():
-            self.cache.copy_blocks(plan.copies)
+            moves = Moves(copies=plan.copies)
             if not plan.decodes and not plan.others:
+                self.move(moves)
+                if self.followers is not None and moves:
+                    self.followers.send(moves, None)
                 return torch.empty((0, self.model.vocab_size), device=self.model.device)
-            return self._forward(plan)
+            arrays = step_arrays(plan, self._tables, self.cache)
+            if self.followers is not None:
+                self.followers.send(moves, arrays)
+            self.move(moves)
+            return self.compute(arrays)
 
-    def _forward(self, plan: StepPlan) -> torch.Tensor:
-        device, decodes, others = self.model.device, plan.decodes, plan.others
-        count = len(decodes)
-        lens = np.ones(count + len(others), dtype=np.int64)
-        lens[count:] = [len(chunk.token_ids) for chunk in others]
-        starts = np.empty(len(lens), dtype=np.int64)
-        starts[:count] = decodes.starts
-        starts[count:] = [chunk.start for chunk in others]
-        query_starts = np.zeros(len(lens) + 1, dtype=np.int64)
-        np.cumsum(lens, out=query_starts[1:])
-        num_tokens = int(query_starts[-1])
-        tables = self._tables.of(plan)
+    def move(self, moves: Moves) -> None:
+        """Move blocks."""
+        self.cache.copy_blocks(moves.copies)
 
-        # One array, so one copy to the device: token ids, positions, cache rows, rows to keep.
-        kept = list(range(count))
-        for begin, chunk in zip(query_starts[count:].tolist(), others, strict=False):
-            kept += [begin + offset for offset in rows_of(chunk)]
-        packed = np.empty(3 * num_tokens + len(kept), dtype=np.int64)
-        tokens, positions, rows = (
-            packed[part * num_tokens : (part + 1) * num_tokens] for part in range(3)
-        )
-        tokens[:] = np.fromiter(
-            chain(decodes.token_ids, *(chunk.token_ids for chunk in others)), np.int64, num_tokens
-        )
-        positions[:] = np.arange(num_tokens) + np.repeat(starts - query_starts[:-1], lens)
-        self._cache_rows(positions, lens, query_starts, tables, rows)
-        packed[3 * num_tokens :] = kept
-        if self.decoder is not None and len(kept) == num_tokens == len(lens) <= MAX_BATCH:
-            return self.decoder.step(tokens, positions, rows, tables, starts + lens)
-        on_device = torch.from_numpy(packed).to(device, non_blocking=True)
+    def compute(self, arrays: StepArrays) -> torch.Tensor:
+        """One forward pass; as `forward`. Within `torch.inference_mode`."""
+        num_tokens = arrays.num_tokens
+        num_kept = len(arrays.packed) - 3 * num_tokens
+        if (
+            self.decoder is not None
+            and num_kept == num_tokens == len(arrays.query_lens) <= MAX_BATCH
+        ):
+            tokens, positions, rows = arrays.packed[: 3 * num_tokens].reshape(3, num_tokens)
+            return self.decoder.step(tokens, positions, rows, arrays.tables, arrays.kv_lens)
+        on_device = torch.from_numpy(arrays.packed).to(self.model.device, non_blocking=True)
         keep = on_device[3 * num_tokens :]
-
         self.backend.prepare(
             StepBatch(
-                query_starts=query_starts,
-                query_lens=lens,
-                kv_lens=starts + lens,
-                tables=tables,
+                query_starts=arrays.query_starts,
+                query_lens=arrays.query_lens,
+                kv_lens=arrays.kv_lens,
+                tables=arrays.tables,
                 write_rows=on_device[2 * num_tokens : 3 * num_tokens],
             ),
             self.cache,
@@ -130,23 +106,3 @@ class ModelRunner:
         if not self._keeps_logits:
             logits = logits.index_select(0, keep)
         return logits.float()
-
-    def _cache_rows(
-        self,
-        positions: IntArray,
-        lens: IntArray,
-        query_starts: IntArray,
-        tables: list[IntArray],
-        rows: IntArray,
-    ) -> None:
-        """Fill `rows` with each token's row in the cache (see KvCache.write)."""
-        slot, offset = np.divmod(positions, self.cache.block_size)
-        if len(lens) == len(positions):  # decode only: one block number of each table
-            blocks = [table[index] for table, index in zip(tables, slot.tolist(), strict=True)]
-            rows[:] = blocks
-        else:
-            for index, table in enumerate(tables):
-                part = slice(query_starts[index], query_starts[index + 1])
-                rows[part] = table[slot[part]]
-        rows *= self.cache.rows_per_block
-        rows += offset

@@ -79,6 +79,23 @@ def test_two_gpus_are_not_shared(tmp_path: Path) -> None:
     assert resolved(model(tmp_path), machine).worker_gpus == 1.0
 
 
+def test_ranks_take_whole_gpus(tmp_path: Path) -> None:
+    machine = Machine(cores=8, free_bytes=32 * GIB, gpus=4, gpu_free_bytes=80 * GIB)
+    path = model(tmp_path, 10 * GIB)
+    cluster = resolved(path, machine, tensor_parallel_size=2, aggregated=True, decode=2)
+    assert cluster.worker_gpus == 1.0  # of each rank
+    assert cluster.kv_memory_bytes == 2 * 68 * GIB - 10 * GIB  # of both GPUs of a worker
+    assert cluster.worker_config(Role.DECODE, "d", "127.0.0.1").tensor_parallel_size == 2
+    with pytest.raises(ConfigurationError, match=r"8 needs as many GPUs; this machine has 4"):
+        resolved(path, machine, aggregated=True, tensor_parallel_size=8)
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_ranks_work_without_prefill_workers_only(tmp_path: Path, local: bool) -> None:
+    with pytest.raises(ConfigurationError, match="add --aggregated"):
+        resolved(model(tmp_path), local=local, tensor_parallel_size=2, cluster_key=KEY)
+
+
 def test_the_cache_bounds_the_context(tmp_path: Path) -> None:
     path = model(tmp_path, max_position_embeddings=1 << 20)
     cluster = resolved(path, kv_memory="64MiB", dtype="float32")

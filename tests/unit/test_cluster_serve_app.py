@@ -54,6 +54,13 @@ def test_aggregated_has_no_prefill_worker(model: str) -> None:
     assert set(deployments(serve_app.build(args))) == {"Router", "DecodeWorker"}
 
 
+def test_all_ranks_of_a_worker_are_one_actors(model: str) -> None:
+    args = {"model": model, "aggregated": True, "cluster_key": "0123456789", "device": "cuda"}
+    ranks = {"tensor_parallel_size": 4, "worker_cpus": 2, "kv_memory": "1GiB"}
+    options = deployments(serve_app.build(args | ranks))["DecodeWorker"].ray_actor_options
+    assert (options["num_cpus"], options["num_gpus"]) == (8, 4)
+
+
 def test_build_refuses_what_a_cluster_cannot_use(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
