@@ -65,6 +65,8 @@ def transfer_figures(
 async def _measure(
     sizes: Sequence[int], hello: dict[str, str], machine: Machine, effort: Effort
 ) -> list[TransferFigures]:
+    from kv_transfer import reading
+    from kv_transfer.connector import Read
     from kv_transfer.nixl import NixlConnector
     from kv_transfer.transfer_thread import TransferThread
 
@@ -80,16 +82,17 @@ async def _measure(
         remote = MemoryRegion(int(hello["address"]), max(sizes))
         figures = []
         for size in sizes:
-            slices = [
-                [Region(first, first, min(MAX_SLICE_BYTES, size - first))]
+            pieces = [
+                Region(first, first, min(MAX_SLICE_BYTES, size - first))
                 for first in range(0, size, MAX_SLICE_BYTES)
             ]
+            lane = reading.Lane(thread, [Read(peer, "kv", [piece], remote) for piece in pieces])
             found: list[float] = []
             began = time.perf_counter()
             while effort.goes_on(len(found) - 1, began):  # one to connect and touch
                 start = time.perf_counter()
                 deadline = time.monotonic() + _LIMIT_S
-                await thread.read(peer, "kv", slices, remote, deadline=deadline)
+                await reading.read([lane], deadline=deadline)
                 found.append(time.perf_counter() - start)
             seconds = statistics.median(found[1:])
             gb_s = size / seconds / 1e9

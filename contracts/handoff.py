@@ -8,18 +8,17 @@ from contracts.ids import Incarnation, TransferId
 
 @dataclass(frozen=True, slots=True)
 class PeerHello:
-    """First message each way. `agent_metadata` gives read access to the sender's whole cache:
-    it travels on this authenticated link only (C4).
+    """First message each way. `agent_metadata`, of each of the sender's ranks, gives read access
+    to its whole cache: it travels on this authenticated link only (C4).
 
-    `layout` is kv_transfer.layout's JSON; `words_address` is the address of rank 0's generation
-    words, one unsigned 64-bit word per block.
+    `layout` is kv_transfer.layout's JSON, which says where each rank's blocks and words are.
     """
 
     incarnation: Incarnation
     protocol_version: int
     semantic_hash: str
     layout: str
-    agent_metadata: bytes = b""
+    agent_metadata: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +32,10 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class ClaimGranted:
-    """P's answer: what to read and what its generation words must be when all is read (F7)."""
+    """P's answer: what to read and what its generation words must be when all is read (F7).
+
+    Ids and words are the same on all ranks of P.
+    """
 
     transfer_id: TransferId
     block_ids: tuple[int, ...]

@@ -1,5 +1,6 @@
 """What a worker's KV memory is, told by its engine and made known to its peers."""
 
+import socket
 from dataclasses import dataclass
 
 
@@ -20,3 +21,15 @@ class KvMemory:
     num_kv_heads: int
     head_dim: int
     device_index: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class RankProcess:
+    """Another rank of a worker, in a process of its own, and this end of a channel to it.
+
+    At the other end that process serves its memory to this one (kv_transfer.rank_server).
+    """
+
+    rank: int
+    pid: int
+    channel: socket.socket

@@ -13,9 +13,6 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from contracts.errors import (
     ClaimRefused,
     HandoffError,
@@ -59,9 +56,8 @@ from decode_worker.turns import Line
 from engine.guide import Guide
 from engine.host import EngineHost, needs_guide
 from engine.sequence import Reservation, blocks_for
-from kv_transfer.layout import WORD_BYTES, coalesce, slices
 from kv_transfer.params import KvTransferParams, decode_incarnation
-from kv_transfer.transfer_thread import Following, TransferThread
+from kv_transfer.rank_transfers import RankTransfers
 
 _READ_BYTES = 256 << 20  # of one `read` call: its time limit is for that much
 _REPEATS_BEATS = 4  # a lease is this many beats: own deadline = last acknowledged + lease - margin
@@ -89,15 +85,13 @@ class ClaimDeniedByP(HandoffError):
 class HandoffTools:
     """What all handoffs of a worker share.
 
-    `landing` is the worker's table of words read from peers, slot = local block id. They reserve
-    in the order of `line`: priority, then arrival.
+    They reserve in the order of `line`: priority, then arrival.
     """
 
     host: EngineHost
     peers: PeerTable
-    transfers: TransferThread
+    transfers: RankTransfers
     quarantine: Quarantine
-    landing: npt.NDArray[np.uint64]
     line: Line
     block_size: int
     read_timeout_s: float
@@ -139,7 +133,7 @@ class Handoff:
                 num_tokens=num_tokens,
                 num_blocks=blocks_for(num_tokens, tools.block_size),
                 block_size=tools.block_size,
-                max_read_blocks=max(1, _READ_BYTES // tools.peers.bytes_per_block),
+                max_read_blocks=max(1, _READ_BYTES // tools.transfers.layout.bytes_per_block),
                 connect_s=_CONNECT_S,
                 silence_s=tools.read_timeout_s,
                 stuck_s=max(_STUCK_S, tools.read_timeout_s),
@@ -364,24 +358,16 @@ class Handoff:
         peer, grant = self._peer, machine.grant
         assert peer is not None
         assert grant is not None
-        rank, end = peer.layout.rank, action.end
+        end = action.end
         remote, local = grant.block_ids[action.first : end], blocks[action.first : end]
-        regions = coalesce(remote, local, rank.bytes_per_block)
-        words: Sequence[int] = ()
         fence = None
         if action.fence is not None:
-            words = blocks[action.fence : end]
-            tools.landing[words] = 0  # no generation is 0: an unread word never matches
-            pieces = tuple(coalesce(grant.block_ids[action.fence : end], words, WORD_BYTES))
-            fence = Following("words", pieces, rank.words_region)
+            fence = grant.block_ids[action.fence : end], blocks[action.fence : end]
+        plan = tools.transfers.plan(peer.ranks, remote, local, fence)
         self._handed_over.add(action.number)
         try:
             result = await tools.transfers.read(
-                peer.handle,
-                "kv",
-                list(slices(regions, rank.bytes_per_block)),
-                rank.kv_region,
-                then=fence,
+                plan,
                 deadline=time.monotonic() + tools.read_timeout_s,
                 lease_deadline=lambda: self._lease_until,
                 on_terminal=lambda: self._terminal(action.number),
@@ -393,7 +379,7 @@ class Handoff:
         if fence is None:
             self._do(machine.read_done(action.number, time.monotonic()))
         else:
-            found = tools.landing[words].tolist()
+            found = tools.transfers.words(plan)
             self._do(machine.words(action.number, found, time.monotonic()))
 
     def _terminal(self, number: int) -> None:

@@ -19,9 +19,8 @@ from contracts.handoff import (
     Revoked,
 )
 from contracts.ids import TransferId
-from kv_transfer.connector import PeerHandle
 from kv_transfer.layout import KvLayout, compatible
-from kv_transfer.transfer_thread import TransferThread
+from kv_transfer.rank_transfers import RankPeer, RankTransfers
 from rpc.peer_client import PeerLink
 
 log = logging.getLogger(__name__)
@@ -32,11 +31,10 @@ _REMOVE_AGAIN_S = 1.0  # while reads from the peer are pending
 
 @dataclass(slots=True, eq=False)
 class Peer:
-    """One P as this D sees it: the link, its memory, the connector's handle for it."""
+    """One P as this D sees it: the link, and its ranks' memory."""
 
     link: PeerLink
-    layout: KvLayout
-    handle: PeerHandle
+    ranks: RankPeer
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +51,8 @@ class PeerTable:
     all listeners of its transfers.
     """
 
-    def __init__(self, hello: PeerHello, cluster_key: str, transfers: TransferThread) -> None:
+    def __init__(self, hello: PeerHello, cluster_key: str, transfers: RankTransfers) -> None:
         self._hello = hello
-        self._layout = KvLayout.decode(hello.layout)
         self._cluster_key = cluster_key
         self._transfers = transfers
         self._opening: dict[str, asyncio.Task[Peer]] = {}
@@ -64,12 +61,7 @@ class PeerTable:
         self._releases: dict[TransferId, _Unacknowledged] = {}
         self._of_link: dict[PeerLink, tuple[str, Peer]] = {}
         self._closed = False
-        self._removals: dict[bytes, asyncio.Task[None]] = {}  # by agent metadata
-
-    @property
-    def bytes_per_block(self) -> int:
-        """Of KV; the same on both sides of every link."""
-        return self._layout.rank.bytes_per_block
+        self._removals: dict[tuple[bytes, ...], asyncio.Task[None]] = {}  # by agent metadata
 
     @property
     def num_open(self) -> int:
@@ -110,8 +102,8 @@ class PeerTable:
             removal.cancel()
         try:
             layout = KvLayout.decode(link.remote.layout)
-            compatible(self._layout, layout)
-            handle = await self._transfers.add_peer(metadata)
+            compatible(self._transfers.layout, layout)
+            ranks = await self._transfers.add_peer(layout, metadata)
         except BaseException as error:
             await link.close()
             if isinstance(error, ServingError) or not isinstance(error, Exception):
@@ -119,7 +111,7 @@ class PeerTable:
             raise TransferFailed(f"the connector refuses the peer: {error}") from error
         for waiting in self._waiting_releases(address):
             link.send(waiting)
-        peer = Peer(link, layout, handle)
+        peer = Peer(link, ranks)
         if link.lost:  # and `on_lost` came or comes too early
             self._remove_later(peer)
         else:
@@ -193,14 +185,14 @@ class PeerTable:
         """A P that does not come back is forgotten: each restarted one is another peer."""
         metadata = peer.link.remote.agent_metadata
         if metadata not in self._removals and not self._closed:
-            task = asyncio.create_task(self._remove(peer.handle, metadata), name="baton-remove")
+            task = asyncio.create_task(self._remove(peer.ranks, metadata), name="baton-remove")
             self._removals[metadata] = task
 
-    async def _remove(self, handle: PeerHandle, metadata: bytes) -> None:
+    async def _remove(self, ranks: RankPeer, metadata: tuple[bytes, ...]) -> None:
         await asyncio.sleep(_REMOVE_AFTER_S)
         while True:
             try:
-                await self._transfers.remove_peer(handle)
+                await self._transfers.remove_peer(ranks)
                 break
             except HandoffError:  # reads are pending, or the connector is closed with this table
                 await asyncio.sleep(_REMOVE_AGAIN_S)

@@ -10,8 +10,6 @@ import time
 from collections import Counter
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from contracts.errors import (
     ClaimRefused,
     EngineFailure,
@@ -47,11 +45,9 @@ from engine.preparations import Preparations
 from engine.scheduler import EngineEvent
 from engine.sequence import Progress, Started, blocks_for
 from kv_transfer.digest import prompt_digest, semantic_hash
-from kv_transfer.layout import PROTOCOL_VERSION, MemoryRegion
-from kv_transfer.local import local_layout
-from kv_transfer.nixl import NixlConnector
+from kv_transfer.layout import PROTOCOL_VERSION
 from kv_transfer.params import HANDOFF_SCOPE, decode_and_verify
-from kv_transfer.transfer_thread import TransferThread
+from kv_transfer.rank_transfers import RankTransfers
 from rpc.errors import failed
 from rpc.server import RpcServer
 from rpc.session_server import SessionSink
@@ -86,7 +82,7 @@ class DecodeWorker:
         self._incarnation = new_incarnation() if incarnation is None else incarnation
         self._host = EngineHost(config, self._incarnation)
         self._requests: dict[Key, _Decode] = {}
-        self._transfers: TransferThread | None = None
+        self._transfers: RankTransfers | None = None
         self._peers: PeerTable | None = None
         self._tools: HandoffTools | None = None
         self._quarantine = Quarantine(self._unquarantine)
@@ -104,18 +100,14 @@ class DecodeWorker:
         """Load, register the memory, listen. Returns where routers find it."""
         parts = await self._host.start(self._on_engine_events, self._on_engine_failure)
         self._semantic_hash = semantic_hash(parts.model_digest)
-        layout = local_layout(parts.memory)
         name = f"{self._config.worker_id}-{self._incarnation:x}"
-        self._transfers = await TransferThread(lambda: NixlConnector(name)).start()
-        landing = np.zeros(parts.cache.num_blocks, dtype=np.uint64)
-        words = MemoryRegion(int(landing.ctypes.data), int(landing.nbytes))
-        await self._transfers.register(layout.rank.kv_region, words)
+        self._transfers = await RankTransfers([parts.memory], name, reads=True).start()
         hello = PeerHello(
             incarnation=self._incarnation,
             protocol_version=PROTOCOL_VERSION,
             semantic_hash=self._semantic_hash,
-            layout=layout.encode(),
-            agent_metadata=await self._transfers.agent_metadata(),
+            layout=self._transfers.layout.encode(),
+            agent_metadata=self._transfers.metadata,
         )
         self._peers = PeerTable(hello, self._config.cluster_key, self._transfers)
         self._tools = HandoffTools(
@@ -123,7 +115,6 @@ class DecodeWorker:
             peers=self._peers,
             transfers=self._transfers,
             quarantine=self._quarantine,
-            landing=landing,
             line=Line(),
             block_size=self._config.block_size,
             read_timeout_s=self._config.read_timeout_ms / 1000,

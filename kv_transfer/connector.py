@@ -30,6 +30,16 @@ class ReadHandle:
     num_descriptors: int
 
 
+@dataclass(frozen=True, slots=True)
+class Read:
+    """One read to be posted; see `KvConnector.post_read`."""
+
+    peer: PeerHandle
+    kind: RegionKind
+    regions: Sequence[Region]
+    remote: MemoryRegion
+
+
 class ReadState(Enum):
     """DONE and FAILED are terminal: nothing of that read writes local memory any more."""
 

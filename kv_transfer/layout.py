@@ -4,8 +4,10 @@
     |  block 0  |  block 1  |  block 2  | ...                   | word 0 | word 1 | word 2 | ...
     <bytes_per_block>                                           <8 bytes>
 
-Today a layout has exactly one rank and one group of kind "full", and a block is one contiguous
-run of bytes. The tables are there so that other layouts need no new wire format.
+A rank is one process of a tensor-parallel worker: it holds some of the KV heads, of all layers and
+tokens. A block has the same id on all ranks, and on each it is one contiguous run of bytes, in
+which the heads come one after the other. Today a layout has one group, of kind "full".
+The tables are there so that other layouts need no new wire format.
 """
 
 import json
@@ -64,6 +66,7 @@ class RankLayout:
     bytes_per_block: int
     num_blocks: int
     words_address: int  # one unsigned 64-bit generation word a block, always host memory
+    heads: tuple[int, ...]  # of the KV heads, those held here
     memory_type: MemoryType = MemoryType.DRAM
     device_id: int = 0
     agent: int = 0
@@ -82,6 +85,11 @@ class RankLayout:
         )
 
     @property
+    def bytes_per_head(self) -> int:
+        """Of one KV head in one block."""
+        return self.bytes_per_block // len(self.heads)
+
+    @property
     def words_region(self) -> MemoryRegion:
         """All generation words."""
         return MemoryRegion(self.words_address, WORD_BYTES * self.num_blocks)
@@ -93,7 +101,7 @@ class GroupLayout:
 
     kind: GroupKind
     layers: tuple[int, ...]
-    heads: tuple[int, ...]  # KV heads held by the rank
+    heads: tuple[int, ...]  # all KV heads
     head_dim: int
     block_size: int  # tokens
     axes: str = "head,layer,kv,token,dim"
@@ -111,9 +119,14 @@ class KvLayout:
     protocol_version: int = PROTOCOL_VERSION
 
     @property
-    def rank(self) -> RankLayout:
-        """The only rank (`decode` and `compatible` see to that)."""
-        return self.ranks[0]
+    def num_blocks(self) -> int:
+        """The same on all ranks."""
+        return self.ranks[0].num_blocks
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Of all ranks together."""
+        return sum(rank.bytes_per_block for rank in self.ranks)
 
     def encode(self) -> str:
         """JSON. Addresses are hex text: many parsers lose integer bits above 2**53 (C1)."""
@@ -144,15 +157,17 @@ class KvLayout:
         if version != PROTOCOL_VERSION:
             raise ClaimRefused(f"KV protocol version: here {PROTOCOL_VERSION}, peer has {version}")
         try:
+            groups = tuple(_decode_group(group) for group in data["groups"])
+            every_head = groups[0].heads  # of a rank that names none: it is alone
             layout = cls(
                 protocol_version=version,
                 dtype=_text(data, "dtype"),
                 block_size=_int(data, "block_size", at_least=1),
                 tier=Tier(_text(data, "tier")),
-                ranks=tuple(_decode_rank(rank) for rank in data["ranks"]),
-                groups=tuple(_decode_group(group) for group in data["groups"]),
+                ranks=tuple(_decode_rank(rank, every_head) for rank in data["ranks"]),
+                groups=groups,
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, LookupError, TypeError) as error:
             # Of the values only the names of fields: addresses stay out of logs.
             raise ClaimRefused(f"the peer's KV layout is not readable: {error}") from None
         _check_supported("peer", layout)
@@ -160,7 +175,7 @@ class KvLayout:
 
 
 def compatible(local: KvLayout, remote: KvLayout) -> None:
-    """Check that blocks can be copied one for one.
+    """Check that blocks can be copied one for one, head by head.
 
     Raises:
         ClaimRefused: they cannot; the message names the field and both values.
@@ -176,7 +191,15 @@ def compatible(local: KvLayout, remote: KvLayout) -> None:
     _same("head_dim", ours.head_dim, theirs.head_dim)
     _same("block size of the group", ours.block_size, theirs.block_size)
     _same("axes of a block", ours.axes, theirs.axes)
-    _same("bytes of a block", local.rank.bytes_per_block, remote.rank.bytes_per_block)
+    _same(
+        "bytes of a head in a block", local.ranks[0].bytes_per_head, remote.ranks[0].bytes_per_head
+    )
+    held, there = ([rank.heads for rank in layout.ranks] for layout in (local, remote))
+    if held != there and not ours.axes.startswith("head,"):
+        raise ClaimRefused(
+            f"KV layouts do not fit: {len(held)} ranks here, peer has {len(there)}, and the heads "
+            f"of a block are not its outermost axis ({ours.axes})"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,11 +279,34 @@ def _same(what: str, ours: object, theirs: object) -> None:
 
 
 def _check_supported(whose: str, layout: KvLayout) -> None:
-    if len(layout.ranks) != 1:
-        raise ClaimRefused(f"KV layout ({whose}): 1 rank is supported, not {len(layout.ranks)}")
+    def refuse(what: str) -> ClaimRefused:
+        return ClaimRefused(f"KV layout ({whose}): {what}")
+
     kinds = [str(group.kind) for group in layout.groups]
     if kinds != [GroupKind.FULL]:
-        raise ClaimRefused(f"KV layout ({whose}): 1 group of kind full is supported, not {kinds}")
+        raise refuse(f"1 group of kind full is supported, not {kinds}")
+    if not layout.ranks:
+        raise refuse("no ranks")
+    heads, first = layout.groups[0].heads, layout.ranks[0]
+    if heads != tuple(range(len(heads))) or not heads:
+        raise refuse(f"KV heads are numbered from 0, not {heads}")
+    next_head = 0
+    for index, rank in enumerate(layout.ranks):
+        if (rank.tp_rank, rank.pp_rank, rank.cp_rank) != (index, 0, 0):
+            raise refuse("only tensor-parallel ranks, in their order, are supported")
+        if not rank.heads or rank.heads != tuple(range(rank.heads[0], rank.heads[-1] + 1)):
+            raise refuse(f"rank {index} holds the KV heads {rank.heads}: no range")
+        if rank.heads[0] < next_head:
+            raise refuse(f"replicated KV heads are not supported: rank {index} has {rank.heads}")
+        if rank.heads[0] != next_head:
+            raise refuse(f"no rank holds KV head {next_head}")
+        next_head = rank.heads[-1] + 1
+        if rank.bytes_per_block % len(rank.heads) or rank.bytes_per_head != first.bytes_per_head:
+            raise refuse(f"rank {index}: {rank.bytes_per_block} bytes a block of {rank.heads}")
+        if rank.num_blocks != first.num_blocks:
+            raise refuse(f"rank {index} has {rank.num_blocks} blocks, rank 0 {first.num_blocks}")
+    if next_head != len(heads):
+        raise refuse(f"the ranks hold {next_head} of {len(heads)} KV heads")
 
 
 def _encode_rank(rank: RankLayout) -> dict[str, object]:
@@ -269,6 +315,7 @@ def _encode_rank(rank: RankLayout) -> dict[str, object]:
         "bytes_per_block": rank.bytes_per_block,
         "num_blocks": rank.num_blocks,
         "words_address": hex(rank.words_address),
+        "heads": rank.heads,
         "memory_type": rank.memory_type,
         "device_id": rank.device_id,
         "agent": rank.agent,
@@ -278,12 +325,13 @@ def _encode_rank(rank: RankLayout) -> dict[str, object]:
     }
 
 
-def _decode_rank(data: Mapping[str, Any]) -> RankLayout:
+def _decode_rank(data: Mapping[str, Any], every_head: tuple[int, ...]) -> RankLayout:
     return RankLayout(
         base_address=_address(data, "base_address"),
         bytes_per_block=_int(data, "bytes_per_block", at_least=1),
         num_blocks=_int(data, "num_blocks", at_least=1),
         words_address=_address(data, "words_address"),
+        heads=_ints(data, "heads") if "heads" in data else every_head,
         memory_type=MemoryType(_text(data, "memory_type")),
         device_id=_int(data, "device_id"),
         agent=_int(data, "agent"),

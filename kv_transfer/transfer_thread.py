@@ -3,7 +3,7 @@
     asyncio ──commands──> queue ──> transfer thread: post, poll, resolve ──call_soon──> asyncio
 
 A posted read cannot be taken back, so whoever stops waiting for one still learns of its end:
-futures of `submit_read` cannot be cancelled, and `read` reports through `on_terminal`.
+futures of `submit` cannot be cancelled, and `reading.read` reports through `on_terminal`.
 """
 
 import asyncio
@@ -14,13 +14,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Self, TypeVar
 
 from contracts.errors import EngineFailure, TransferFailed
-from kv_transfer.connector import KvConnector, PeerHandle, ReadHandle, ReadState, RegionKind
-from kv_transfer.flight import Flight, ReadResult
-from kv_transfer.layout import MemoryRegion, Region
+from kv_transfer.connector import KvConnector, PeerHandle, Read, ReadHandle, ReadState
+from kv_transfer.flight import ReadResult, failed, running_future
+from kv_transfer.layout import MemoryRegion
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -29,18 +29,6 @@ _EAGER_POLLS = 4  # then wait: over TCP, polling without pause starves UCX's pro
 _MIN_WAIT_S = 50e-6
 _MAX_WAIT_S = 5e-3
 _WAIT_SHARE = 0.01  # of the time since something last ended: a wait adds at most 1 % to a read
-
-
-@dataclass(frozen=True, slots=True)
-class Following:
-    """A read that is posted when others have landed, before anyone else is asked (F5).
-
-    No lease ends it: what it reads is small, and of no use if the lease is over.
-    """
-
-    kind: RegionKind
-    regions: Sequence[Region]
-    remote: MemoryRegion
 
 
 class TransferThread:
@@ -63,7 +51,7 @@ class TransferThread:
         self._lock = threading.Lock()  # guards _closed: nothing is queued after the last drain
         self._closed = False
         self._fault: Exception | None = None
-        self._started: Future[None] = _running_future()
+        self._started: Future[None] = running_future()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     async def start(self) -> Self:
@@ -93,105 +81,32 @@ class TransferThread:
         """See KvConnector."""
         await self._call(lambda connector: connector.remove_peer(peer))
 
-    def submit_read(
-        self, peer: PeerHandle, kind: RegionKind, regions: Sequence[Region], remote: MemoryRegion
-    ) -> Future[ReadResult]:
+    def submit(self, read: Read) -> Future[ReadResult]:
         """Post one read; see KvConnector.post_read.
 
         The future resolves only when nothing of the read can write local memory any more (its
         terminal state, or the connector's close); it cannot be cancelled. Callbacks added to
         it run in the transfer thread. A read outside the registered memory is `ok=False`.
         """
-        future: Future[ReadResult] = _running_future()
-        self._submit(future, _posting(peer, kind, regions, remote))
+        future: Future[ReadResult] = running_future()
+
+        def run(connector: KvConnector) -> None:
+            self._post(connector, _Posted(future, self._clock()), read)
+
+        self._put(_Command(run, lambda: future.set_result(failed(_CLOSED))))
         return future
 
-    def _submit(
-        self,
-        future: Future[ReadResult],
-        post: Callable[[KvConnector], ReadHandle],
-        chain: "_Chain | None" = None,
-    ) -> None:
-        def run(connector: KvConnector) -> None:
-            self._post(connector, _Posted(future, self._clock(), chain), post)
-
-        def refuse() -> None:
-            _end(_Posted(future, 0.0, chain), _failed(_CLOSED))
-
-        self._put(_Command(run, refuse))
-
-    def _post(
-        self,
-        connector: KvConnector,
-        posted: "_Posted",
-        post: Callable[[KvConnector], ReadHandle],
-    ) -> None:
+    def _post(self, connector: KvConnector, posted: "_Posted", read: Read) -> None:
         try:
-            handle = post(connector)
+            handle = connector.post_read(read.peer, read.kind, read.regions, read.remote)
         except Exception as error:  # nothing was posted
-            _end(posted, _failed(str(error)))
+            posted.future.set_result(failed(str(error)))
             return
         self._in_flight[handle] = posted
 
-    async def read(
-        self,
-        peer: PeerHandle,
-        kind: RegionKind,
-        slices: Sequence[Sequence[Region]],
-        remote: MemoryRegion,
-        *,
-        deadline: float,
-        then: Following | None = None,
-        lease_deadline: Callable[[], float] | None = None,
-        on_terminal: Callable[[], None] | None = None,
-        depth: int = 2,
-    ) -> ReadResult:
-        """Read all slices, `depth` of them in flight at a time (Q3).
-
-        Args:
-            peer: from `add_peer`.
-            kind: which registered memory to read into.
-            slices: each is posted as one read.
-            remote: the peer's memory that `src_offset`s count from.
-            then: read this too, posted in the transfer thread the moment all slices have landed;
-                not if one of them failed or this call was given up. The result counts neither
-                its bytes nor its time.
-            deadline: give up at this time of the clock; what is posted lands all the same.
-            lease_deadline: asked before each post; no slice is posted after it (L1).
-            on_terminal: called exactly once, on the event loop, when nothing posted by this
-                call can write local memory any more: before a successful return, else
-                possibly long after the raise or cancellation. Until then the target blocks
-                are quarantined (Q1).
-            depth: 2 keeps the link busy while the loop turns around.
-
-        Raises:
-            TransferFailed: a read failed, or a deadline passed. Nothing more is posted after
-                that, nor after a cancellation.
-        """
-        if then is not None and not slices:
-            raise ValueError("there is no read for another to follow")
-        flight = Flight(asyncio.get_running_loop(), on_terminal)
-        started_at = self._clock()
-        chain: _Chain | None = None
-        if then is not None:
-            chain = _Chain(self, peer, then, waits_for=len(slices))
-            flight.follow(chain.future)
-        try:
-            for regions in slices:
-                await self._until_below(flight, depth, deadline)
-                now = self._clock()
-                if now >= deadline or (lease_deadline is not None and now >= lease_deadline()):
-                    raise TransferFailed("the time for reading is over")
-                future: Future[ReadResult] = _running_future()
-                flight.add(future)
-                self._submit(future, _posting(peer, kind, regions, remote), chain)
-            await self._until_below(flight, 0, deadline)
-        finally:
-            flight.seal()
-            if chain is not None and not chain.future.done():
-                self._put(_Command(lambda _: chain.give_up(), chain.give_up))
-        seconds = self._clock() - started_at - flight.following_s
-        return ReadResult(True, flight.num_bytes, flight.num_descriptors, seconds)
+    def chain(self, reads: Sequence[Read], waits_for: int) -> "Chain":
+        """Prepare reads that follow `waits_for` others, of whatever rank (F5)."""
+        return Chain(self, reads, waits_for, [running_future() for _ in reads])
 
     async def close(self, timeout_s: float = 5.0) -> bool:
         """Close the connector and end the thread; whether it ended in time. Idempotent.
@@ -210,15 +125,8 @@ class TransferThread:
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
-    async def _until_below(self, flight: "Flight", limit: int, deadline: float) -> None:
-        try:
-            async with asyncio.timeout(max(0.0, deadline - self._clock())):
-                await flight.until_below(limit)
-        except TimeoutError:
-            raise TransferFailed("the read did not end in time") from None
-
     async def _call(self, function: Callable[[KvConnector], _T]) -> _T:
-        future: Future[_T] = _running_future()
+        future: Future[_T] = running_future()
 
         def run(connector: KvConnector) -> None:
             try:
@@ -256,7 +164,7 @@ class TransferThread:
             connector.close()  # raising here leaves the futures open: their blocks stay lost
             while self._in_flight:
                 _, posted = self._in_flight.popitem()
-                _end(posted, _failed(_CLOSED, self._clock() - posted.posted_at))
+                posted.future.set_result(failed(_CLOSED, self._clock() - posted.posted_at))
             self._finish()
 
     def _finish(self) -> None:
@@ -313,8 +221,8 @@ class TransferThread:
             if state is ReadState.DONE:
                 result = ReadResult(True, handle.num_bytes, handle.num_descriptors, seconds)
             else:
-                result = _failed("the connector reports a failed read", seconds)
-            _end(posted, result, connector)
+                result = failed("the connector reports a failed read", seconds)
+            posted.future.set_result(result)
         return ended
 
 
@@ -333,60 +241,46 @@ class _Command:
 class _Posted:
     future: Future[ReadResult]
     posted_at: float
-    chain: "_Chain | None" = None
 
 
 @dataclass(slots=True, eq=False)
-class _Chain:
-    """A read that follows others. Touched in the transfer thread, or once that has ended."""
+class Chain:
+    """Reads that follow others, posted before anyone else is asked; see `TransferThread.chain`.
+
+    `futures`: one for each, resolved as those of `submit`. No lease ends them: what they read is
+    small, and of no use if the lease is over. Apart from `landed` and `give_up` it is touched
+    in the transfer thread, or once that has ended.
+    """
 
     thread: TransferThread
-    peer: PeerHandle
-    following: Following
+    reads: Sequence[Read]
     waits_for: int
-    future: Future[ReadResult] = field(default_factory=lambda: _running_future())
+    futures: list[Future[ReadResult]]
     over: bool = False  # posted, or never to be
 
-    def ended(self, result: ReadResult, connector: KvConnector | None) -> None:
-        """One of the others has. Without a connector nothing can be posted any more."""
-        self.waits_for -= 1
-        if not result.ok or connector is None:
-            self.give_up()
-        elif not self.waits_for and not self.over:
-            self.over = True
-            posted = _Posted(self.future, self.thread._clock())
-            what = self.following
-            post = _posting(self.peer, what.kind, what.regions, what.remote)
-            self.thread._post(connector, posted, post)
+    def landed(self, before: Future[ReadResult]) -> None:
+        """One of those before has ended. From any thread."""
+        ok = before.result().ok
+        self.thread._put(_Command(lambda connector: self.ended(ok, connector), self._drop))
 
     def give_up(self) -> None:
-        """It is not wanted any more, or cannot be."""
+        """They are not wanted any more. From any thread."""
+        self.thread._put(_Command(lambda _: self._drop(), self._drop))
+
+    def ended(self, ok: bool, connector: KvConnector) -> None:
+        """One of those before has, and this is the transfer thread."""
+        self.waits_for -= 1
+        if not ok:
+            self._drop()
+        elif not self.waits_for and not self.over:
+            self.over = True
+            for future, read in zip(self.futures, self.reads, strict=True):
+                self.thread._post(connector, _Posted(future, self.thread._clock()), read)
+
+    def _drop(self) -> None:
         if self.over:
             return
         self.over = True
-        with contextlib.suppress(InvalidStateError):  # closed: by two threads at once
-            self.future.set_result(_failed("the reads before it did not end well"))
-
-
-def _posting(
-    peer: PeerHandle, kind: RegionKind, regions: Sequence[Region], remote: MemoryRegion
-) -> Callable[[KvConnector], ReadHandle]:
-    return lambda connector: connector.post_read(peer, kind, regions, remote)
-
-
-def _end(posted: _Posted, result: ReadResult, connector: KvConnector | None = None) -> None:
-    """Nothing of that read can write any more."""
-    posted.future.set_result(result)
-    if posted.chain is not None:
-        posted.chain.ended(result, connector)
-
-
-def _failed(error: str, seconds: float = 0.0) -> ReadResult:
-    return ReadResult(False, 0, 0, seconds, error)
-
-
-def _running_future() -> Future[_T]:
-    """A future whose waiters cannot cancel it."""
-    future: Future[_T] = Future()
-    future.set_running_or_notify_cancel()
-    return future
+        for future in self.futures:
+            with contextlib.suppress(InvalidStateError):  # closed: by two threads at once
+                future.set_result(failed("the reads before it did not end well"))

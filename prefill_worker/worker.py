@@ -44,9 +44,7 @@ from engine.sequence import Progress, Started
 from kv_transfer.digest import prompt_digest, semantic_hash
 from kv_transfer.layout import PROTOCOL_VERSION, KvLayout, compatible
 from kv_transfer.leases import Ended, ExportState, ExportTable
-from kv_transfer.local import local_layout
-from kv_transfer.nixl import NixlConnector
-from kv_transfer.transfer_thread import TransferThread
+from kv_transfer.rank_transfers import RankTransfers
 from prefill_worker.signing import signed_params
 from rpc.errors import failed
 from rpc.peer_server import PeerSink
@@ -83,7 +81,7 @@ class PrefillWorker:
         self._overdue = Overdue[Key]()
         self._by_transfer: dict[TransferId, Key] = {}
         self._preparations = Preparations(self._host, config.max_waiting)
-        self._transfers: TransferThread | None = None
+        self._transfers: RankTransfers | None = None
         self._server: RpcServer | None = None
         self._housekeeper: asyncio.Task[None] | None = None
         self._draining = False
@@ -96,12 +94,15 @@ class PrefillWorker:
         """Load, register the memory, listen. Returns where routers and peers find it."""
         parts = await self._host.start(self._on_engine_events, self._on_engine_failure)
         self._semantic_hash = semantic_hash(parts.model_digest)
-        self._layout = local_layout(parts.memory)
         name = f"{self._config.worker_id}-{self._incarnation:x}"
-        self._transfers = await TransferThread(lambda: NixlConnector(name)).start()
-        rank = self._layout.rank
-        await self._transfers.register(rank.kv_region, rank.words_region)
-        self._metadata = await self._transfers.agent_metadata()
+        self._transfers = await RankTransfers([parts.memory], name, reads=False).start()
+        self._hello = PeerHello(
+            incarnation=self._incarnation,
+            protocol_version=PROTOCOL_VERSION,
+            semantic_hash=self._semantic_hash,
+            layout=self._transfers.layout.encode(),
+            agent_metadata=self._transfers.metadata,
+        )
         self._info = self._host.info(self._semantic_hash)
         self._server = await RpcServer.start(
             self._config.host,
@@ -233,13 +234,7 @@ class PrefillWorker:
     @property
     def hello(self) -> PeerHello:
         """What a D needs to read here; only ever sent over the authenticated link (C4)."""
-        return PeerHello(
-            incarnation=self._incarnation,
-            protocol_version=PROTOCOL_VERSION,
-            semantic_hash=self._semantic_hash,
-            layout=self._layout.encode(),
-            agent_metadata=self._metadata,
-        )
+        return self._hello
 
     def peer_opened(self, remote: PeerHello, link: PeerSink) -> None:
         """Refuse a D that computes something else or keeps it otherwise."""
@@ -247,7 +242,7 @@ class PrefillWorker:
             raise ClaimRefused(
                 f"semantic hash: P {self._semantic_hash[:12]}, D {remote.semantic_hash[:12]}"
             )
-        compatible(self._layout, KvLayout.decode(remote.layout))
+        compatible(KvLayout.decode(self._hello.layout), KvLayout.decode(remote.layout))
 
     def claim(self, claim: Claim, link: PeerSink) -> ClaimGranted:
         """Grant what D may read, once (C1, C2)."""

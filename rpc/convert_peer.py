@@ -40,7 +40,7 @@ def _hello_from_pb(message: pb.PeerHello) -> PeerHello:
         protocol_version=message.protocol_version,
         semantic_hash=message.semantic_hash,
         layout=message.layout,
-        agent_metadata=message.agent_metadata,
+        agent_metadata=tuple(message.agent_metadata),
     )
 
 

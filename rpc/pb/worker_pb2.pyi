@@ -389,8 +389,8 @@ class PeerHello(_message.Message):
     protocol_version: int
     semantic_hash: str
     layout: str
-    agent_metadata: bytes
-    def __init__(self, incarnation: _Optional[int] = ..., protocol_version: _Optional[int] = ..., semantic_hash: _Optional[str] = ..., layout: _Optional[str] = ..., agent_metadata: _Optional[bytes] = ...) -> None: ...
+    agent_metadata: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, incarnation: _Optional[int] = ..., protocol_version: _Optional[int] = ..., semantic_hash: _Optional[str] = ..., layout: _Optional[str] = ..., agent_metadata: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class Claim(_message.Message):
     __slots__ = ("transfer_id", "nonce", "prompt_digest")

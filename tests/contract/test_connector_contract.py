@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from contracts.errors import TransferFailed
-from kv_transfer.connector import PeerHandle, ReadState
+from kv_transfer import reading
+from kv_transfer.connector import PeerHandle, Read, ReadState
 from kv_transfer.layout import WORD_BYTES, MemoryRegion, Region, coalesce, slices
 from kv_transfer.nixl import NixlConnector
 from kv_transfer.transfer_thread import TransferThread
@@ -244,11 +245,9 @@ async def test_the_transfer_thread_reads_slices(world: World, remote: Remote) ->
     peer = await thread.add_peer(remote.metadata)
     ids = list(range(NUM_BLOCKS))
     ended: list[str] = []
-    result = await thread.read(
-        peer,
-        "kv",
-        list(slices(blocks(ids, ids), BYTES_PER_BLOCK, max_bytes=5 * BYTES_PER_BLOCK)),
-        remote.kv,
+    pieces = slices(blocks(ids, ids), BYTES_PER_BLOCK, max_bytes=5 * BYTES_PER_BLOCK)
+    result = await reading.read(
+        [reading.Lane(thread, [Read(peer, "kv", regions, remote.kv) for regions in pieces])],
         deadline=time.monotonic() + TIME_LIMIT_S,
         on_terminal=lambda: ended.append("terminal"),
     )

@@ -18,7 +18,9 @@ from contracts.request import GenerationRequest
 from contracts.sampling import SamplingParams
 from contracts.worker import Role
 from engine.scheduler import Scheduler
-from kv_transfer.transfer_thread import TransferThread, _Chain
+from kv_transfer.flight import ReadResult
+from kv_transfer.rank_transfers import RankTransfers
+from kv_transfer.transfer_thread import Chain, TransferThread
 from tests.support.reference import greedy
 from tests.support.split_cluster import SplitCluster, split_cluster
 from tests.support.tiny_models import VOCAB, build_tiny
@@ -60,17 +62,17 @@ async def test_reused_blocks_are_detected(
     cluster: SplitCluster, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """P frees and reuses exported blocks between D's data reads and its check of the words."""
-    landed = _Chain.ended
+    landed = Chain.ended
 
     def reuse(scheduler: Scheduler) -> None:
         for block in scheduler.pool.holders("leased"):
             scheduler.pool.generations.bump(block)
 
-    def ended(self: _Chain, *args: Any) -> None:
+    def ended(self: Chain, *args: Any) -> None:
         cluster.prefill._host.call(reuse).result(10)
         landed(self, *args)
 
-    monkeypatch.setattr(_Chain, "ended", ended)
+    monkeypatch.setattr(Chain, "ended", ended)
     prompt = prompt_of(70)
     answer = await cluster.generate(prompt, PARAMS)
     assert answer.tokens[0] == greedy(llama, "llama", prompt, NEW)
@@ -389,14 +391,14 @@ async def test_long_prompts_are_read_in_several_calls(
 ) -> None:
     """Each `read` call has a time limit, so none may be for an unbounded amount."""
     calls: list[int] = []
-    original = TransferThread.read
+    original = RankTransfers.read
 
-    async def read(self: TransferThread, peer: Any, kind: str, *rest: Any, **options: Any) -> Any:
-        result = await original(self, peer, kind, *rest, **options)  # type: ignore[arg-type]
-        calls.extend([result.num_bytes] if kind == "kv" else [])
+    async def read(self: RankTransfers, *args: Any, **options: Any) -> ReadResult:
+        result = await original(self, *args, **options)
+        calls.append(result.num_bytes)
         return result
 
-    monkeypatch.setattr(TransferThread, "read", read)
+    monkeypatch.setattr(RankTransfers, "read", read)
     monkeypatch.setattr("decode_worker.handoff._READ_BYTES", 2 * 12288)
     prompt = prompt_of(100, 11)
     answer = await cluster.generate(prompt, PARAMS)

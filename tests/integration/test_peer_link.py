@@ -231,10 +231,10 @@ async def test_a_large_grant_and_metadata() -> None:
     """A prompt of a million tokens, and agents with many regions: more than gRPC's 4 MiB."""
     blocks = tuple(range(400_000))
     grant = ClaimGranted(T1, blocks, blocks, len(blocks) * 16, 0, 2000)
-    hello = PeerHello(peer_hello(1).incarnation, 1, "hash", "{}", bytes(6_000_000))
+    hello = PeerHello(peer_hello(1).incarnation, 1, "hash", "{}", (bytes(6_000_000), b"r1"))
     prefill, decode = FakePrefill(hello=hello, on_claim=lambda claim, link: grant), FakeDecode()
     async with serving(prefill, 0.5) as server, linked(server.port, decode) as link:
-        assert len(link.remote.agent_metadata) == 6_000_000
+        assert [len(agent) for agent in link.remote.agent_metadata] == [6_000_000, 2]
         link.send(CLAIM)
         await eventually(lambda: decode.messages)
     assert decode.messages == [grant]

@@ -135,7 +135,7 @@ class FakeRouter:
 
 def peer_hello(incarnation: int, version: int = 1, semantic_hash: str = "hash") -> PeerHello:
     """A hello of either side."""
-    return PeerHello(Incarnation(incarnation), version, semantic_hash, "{}", b"agent")
+    return PeerHello(Incarnation(incarnation), version, semantic_hash, "{}", (b"agent",))
 
 
 def _grant(claim: Claim, link: PeerSink) -> ClaimGranted:

@@ -207,7 +207,7 @@ HELLOS = of(
     protocol_version=U32,
     semantic_hash=TEXT,
     layout=TEXT,
-    agent_metadata=st.binary(max_size=20),
+    agent_metadata=st.lists(st.binary(max_size=20), max_size=3).map(tuple),
 )
 
 

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from contracts.errors import EngineFailure, TransferFailed
-from kv_transfer.connector import KvConnector, PeerHandle, ReadState
+from kv_transfer import reading
+from kv_transfer.connector import KvConnector, PeerHandle, Read, ReadState
 from kv_transfer.flight import ReadResult
 from kv_transfer.layout import MemoryRegion, Region
 from kv_transfer.memory import MemoryConnector, MemoryHub
-from kv_transfer.transfer_thread import Following, TransferThread
+from kv_transfer.transfer_thread import TransferThread
 
 SIZE = 4096
 TIME_LIMIT_S = 10.0
@@ -48,24 +49,25 @@ class Bench:
         self.peer = await self.thread.add_peer(self.exporter.agent_metadata())
 
     @property
-    def fence(self) -> Following:
+    def fence(self) -> tuple[Read, ...]:
         """Of the first two words."""
-        return Following("words", [Region(0, 0, 16)], MemoryRegion(self.words.ctypes.data, 64))
+        words = MemoryRegion(self.words.ctypes.data, 64)
+        return (Read(self.peer, "words", [Region(0, 0, 16)], words),)
+
+    def kv(self, offset: int, length: int = 8) -> Read:
+        return Read(self.peer, "kv", [Region(offset, offset, length)], self.remote)
 
     def read(
         self,
         count: int,
         timeout_s: float = TIME_LIMIT_S,
         lease_deadline: Callable[[], float] | None = None,
-        then: Following | None = None,
+        then: tuple[Read, ...] = (),
     ) -> "asyncio.Task[ReadResult]":
-        slices = [[Region(i * 8, i * 8, 8)] for i in range(count)]
         return asyncio.ensure_future(
-            self.thread.read(
-                self.peer,
-                "kv",
-                slices,
-                self.remote,
+            reading.read(
+                [reading.Lane(self.thread, [self.kv(i * 8) for i in range(count)])],
+                fencer=self.thread,
                 deadline=time.monotonic() + timeout_s,
                 on_terminal=lambda: self.ended.append("terminal"),
                 lease_deadline=lease_deadline,
@@ -211,7 +213,7 @@ async def test_nothing_cannot_be_followed(bench: Bench) -> None:
 
 
 async def test_what_cannot_be_posted_is_over(bench: Bench) -> None:
-    future = bench.thread.submit_read(bench.peer, "kv", [Region(0, 0, SIZE + 1)], bench.remote)
+    future = bench.thread.submit(bench.kv(0, SIZE + 1))
     result = await asyncio.wrap_future(future)
     assert not result.ok
     assert "outside" in result.error
@@ -219,7 +221,7 @@ async def test_what_cannot_be_posted_is_over(bench: Bench) -> None:
 
 async def test_a_future_resolves_only_at_the_end_and_cannot_be_cancelled(bench: Bench) -> None:
     bench.hub.hold()
-    future = bench.thread.submit_read(bench.peer, "kv", [Region(0, 0, 8)], bench.remote)
+    future = bench.thread.submit(bench.kv(0))
     await until(lambda: bench.hub.num_held == 1)
     assert not future.cancel()
     assert not future.done()
@@ -254,7 +256,7 @@ async def test_errors_of_the_connector_reach_the_caller(bench: Bench) -> None:
     with pytest.raises(TransferFailed, match="not readable"):
         await bench.thread.add_peer(b"?")
     bench.hub.hold()
-    future = bench.thread.submit_read(bench.peer, "kv", [Region(0, 0, 8)], bench.remote)
+    future = bench.thread.submit(bench.kv(0))
     with pytest.raises(TransferFailed, match="pending"):
         await bench.thread.remove_peer(bench.peer)
     bench.hub.land()

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+import kv_transfer.reading
 from contracts.errors import OutOfBlocks
 from contracts.handoff import ClaimGranted
 from decode_worker.peers import PeerTable
@@ -30,11 +31,10 @@ from engine.block_pool import BlockPool
 from engine.host import EngineHost, ModelComputer
 from engine.scheduler import Scheduler
 from engine.sequence import Reservation
-from kv_transfer.connector import ReadHandle, ReadState
+from kv_transfer.connector import Read, ReadHandle, ReadState
 from kv_transfer.layout import WORD_BYTES, Region
 from kv_transfer.leases import Ended, ExportState, ExportTable
 from kv_transfer.nixl import NixlConnector
-from kv_transfer.transfer_thread import Following, TransferThread
 from rpc.peer_client import PeerLink
 from tests.faults.campaign.traps import MAX_HELD_S, Late, Named, Reading, Trap
 
@@ -267,7 +267,7 @@ class Hooks:
     def _wrap_handoff(self) -> None:
         hooks, adopt, peer = self, DecodeWorker.adopt, PeerTable.peer
         on_message, listen = PeerTable.on_message, PeerTable.listen
-        open_link, read = PeerLink.open.__func__, TransferThread.read  # type: ignore[attr-defined]
+        open_link, read = PeerLink.open.__func__, kv_transfer.reading.read  # type: ignore[attr-defined]
 
         def named(self: DecodeWorker, request: Any, *args: Any, **kwargs: Any) -> None:
             token = _request.set(request.request_id)  # what the handoff starts inherits it
@@ -284,9 +284,7 @@ class Hooks:
             link: PeerLink = await open_link(cls, hooks.peers.get(address, address), **kwargs)
             return link
 
-        async def stopping(
-            self: TransferThread, *args: Any, then: Following | None = None, **kw: Any
-        ) -> Any:
+        async def stopping(*args: Any, then: Sequence[Read] = (), **kw: Any) -> Any:
             try:
                 await hooks.stop_at("d_read")
             except BaseException:
@@ -294,11 +292,12 @@ class Hooks:
                 if told is not None:
                     told()
                 raise
-            if then is None:
-                return await read(self, *args, **kw)
-            words = Named(then.regions)
+            if not then:
+                return await read(*args, **kw)
+            words = Named(then[0].regions)
             words.request = _request.get()
-            result = await read(self, *args, then=replace(then, regions=words), **kw)
+            then = (replace(then[0], regions=words), *then[1:])
+            result = await read(*args, then=then, **kw)
             await hooks.stop_at("d_verified")
             return result
 
@@ -327,7 +326,7 @@ class Hooks:
         _set(DecodeWorker, "adopt", named)
         _set(PeerTable, "peer", find_peer)
         _set(PeerLink, "open", classmethod(dial))
-        _set(TransferThread, "read", stopping)
+        kv_transfer.reading.read = stopping
 
     def _wrap_reads(self) -> None:
         """Below the transfer thread: all of this runs in it."""
