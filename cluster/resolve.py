@@ -74,14 +74,8 @@ class ResolvedCluster:
         return replace(self, model_path=str(find_model(self.settings.model)))
 
     def worker_config(self, role: Role, worker_id: str, host: str, port: int = 0) -> WorkerConfig:
-        """The configuration of one worker.
-
-        Raises:
-            ConfigurationError: a worker of this role cannot have that many ranks.
-        """
+        """The configuration of one worker."""
         settings = self.settings
-        if role is Role.PREFILL:
-            _check_role(settings)
         return WorkerConfig(
             role=role,
             worker_id=WorkerId(worker_id),
@@ -128,8 +122,6 @@ def resolve(
     """
     checkpoint = read_checkpoint(find_model(settings.model))
     if num_workers is None:
-        if not settings.aggregated:
-            _check_role(settings)
         prefill = 0 if settings.aggregated else settings.prefill
         num_workers = prefill + settings.decode if local else 1
     device = _device(settings, machine, check=local)
@@ -189,15 +181,6 @@ def _check_ranks(settings: ClusterSettings, machine: Machine) -> None:
     if ranks > machine.gpus:
         raise ConfigurationError(
             f"tensor_parallel_size {ranks} needs as many GPUs; this machine has {machine.gpus}"
-        )
-
-
-def _check_role(settings: ClusterSettings) -> None:
-    """Refuse what only decode workers without prefill workers can do as yet."""
-    if settings.tensor_parallel_size > 1:
-        raise ConfigurationError(
-            f"tensor_parallel_size {settings.tensor_parallel_size} works without prefill workers"
-            " only: add --aggregated (or start decode workers alone)"
         )
 
 

@@ -47,6 +47,7 @@ from engine.sequence import Progress, Started, blocks_for
 from kv_transfer.digest import prompt_digest, semantic_hash
 from kv_transfer.layout import PROTOCOL_VERSION
 from kv_transfer.params import HANDOFF_SCOPE, decode_and_verify
+from kv_transfer.rank_server import RANK_SERVICE
 from kv_transfer.rank_transfers import RankTransfers
 from rpc.errors import failed
 from rpc.server import RpcServer
@@ -80,7 +81,7 @@ class DecodeWorker:
     def __init__(self, config: WorkerConfig, *, incarnation: Incarnation | None = None) -> None:
         self._config = config
         self._incarnation = new_incarnation() if incarnation is None else incarnation
-        self._host = EngineHost(config, self._incarnation)
+        self._host = EngineHost(config, self._incarnation, RANK_SERVICE)
         self._requests: dict[Key, _Decode] = {}
         self._transfers: RankTransfers | None = None
         self._peers: PeerTable | None = None
@@ -101,7 +102,8 @@ class DecodeWorker:
         parts = await self._host.start(self._on_engine_events, self._on_engine_failure)
         self._semantic_hash = semantic_hash(parts.model_digest)
         name = f"{self._config.worker_id}-{self._incarnation:x}"
-        self._transfers = await RankTransfers([parts.memory], name, reads=True).start()
+        ranks = self._host.rank_processes
+        self._transfers = await RankTransfers(parts.rank_memory, name, ranks, reads=True).start()
         hello = PeerHello(
             incarnation=self._incarnation,
             protocol_version=PROTOCOL_VERSION,

@@ -14,7 +14,7 @@ import torch
 
 from contracts.errors import Overloaded
 from contracts.ids import Incarnation
-from contracts.memory import KvMemory
+from contracts.memory import KvMemory, RankProcess
 from contracts.request import GenerationRequest
 from contracts.sampling import SamplingParams
 from contracts.worker import WorkerConfig, WorkerInfo
@@ -239,6 +239,14 @@ class EngineHost:
         """What `start` built."""
         assert self._parts is not None, "the engine has not been started"
         return self._parts
+
+    @property
+    def rank_processes(self) -> tuple[RankProcess, ...]:
+        """The further ranks, with the channels to their `rank_service`."""
+        if self.followers is None:
+            return ()
+        ends = zip(self.followers.pids, self.followers.service_ends, strict=True)
+        return tuple(RankProcess(rank, pid, end) for rank, (pid, end) in enumerate(ends, 1))
 
     @property
     def engine(self) -> Engine:

@@ -19,6 +19,8 @@ from kv_transfer.transfer_thread import TransferThread
 
 log = logging.getLogger(__name__)
 
+RANK_SERVICE = "kv_transfer.rank_server:run"  # what each further rank's process is to run
+
 
 def run(channel: socket.socket, memory: KvMemory, rank: int) -> None:
     """Serve `memory` of this process, which is that rank's, until rank 0 closes the channel.

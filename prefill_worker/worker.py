@@ -44,6 +44,7 @@ from engine.sequence import Progress, Started
 from kv_transfer.digest import prompt_digest, semantic_hash
 from kv_transfer.layout import PROTOCOL_VERSION, KvLayout, compatible
 from kv_transfer.leases import Ended, ExportState, ExportTable
+from kv_transfer.rank_server import RANK_SERVICE
 from kv_transfer.rank_transfers import RankTransfers
 from prefill_worker.signing import signed_params
 from rpc.errors import failed
@@ -75,7 +76,7 @@ class PrefillWorker:
     def __init__(self, config: WorkerConfig, *, incarnation: Incarnation | None = None) -> None:
         self._config = config
         self._incarnation = new_incarnation() if incarnation is None else incarnation
-        self._host = EngineHost(config, self._incarnation)
+        self._host = EngineHost(config, self._incarnation, RANK_SERVICE)
         self._exports = ExportTable(config.lease_ms / 1000, time.monotonic)
         self._requests: dict[Key, _Prefill] = {}
         self._overdue = Overdue[Key]()
@@ -95,7 +96,8 @@ class PrefillWorker:
         parts = await self._host.start(self._on_engine_events, self._on_engine_failure)
         self._semantic_hash = semantic_hash(parts.model_digest)
         name = f"{self._config.worker_id}-{self._incarnation:x}"
-        self._transfers = await RankTransfers([parts.memory], name, reads=False).start()
+        ranks = self._host.rank_processes
+        self._transfers = await RankTransfers(parts.rank_memory, name, ranks, reads=False).start()
         self._hello = PeerHello(
             incarnation=self._incarnation,
             protocol_version=PROTOCOL_VERSION,
@@ -119,8 +121,10 @@ class PrefillWorker:
         return self._config.address(self._server.port, self._incarnation)
 
     def assert_pulse(self) -> None:
-        """Raise EngineFailure if the engine thread is dead or stuck."""
+        """Raise EngineFailure if a thread is dead or stuck."""
         self._host.engine.assert_pulse()
+        if self._transfers is not None:
+            self._transfers.assert_pulse()
 
     async def drain(self, timeout_s: float) -> None:
         """Admit nothing more; return when nothing runs and no transfer is open, or after a time."""
@@ -146,10 +150,10 @@ class PrefillWorker:
             await self._server.stop(0.5)
             self._server = None
         await self._preparations.close()
-        await asyncio.to_thread(self._host.stop)
         if self._transfers is not None:
             await self._transfers.close()
             self._transfers = None
+        await asyncio.to_thread(self._host.stop)
 
     # -- WorkerService ----------------------------------------------------------------------
 
