@@ -90,12 +90,6 @@ def test_ranks_take_whole_gpus(tmp_path: Path) -> None:
         resolved(path, machine, aggregated=True, tensor_parallel_size=8)
 
 
-@pytest.mark.parametrize("local", [True, False])
-def test_ranks_work_without_prefill_workers_only(tmp_path: Path, local: bool) -> None:
-    with pytest.raises(ConfigurationError, match="add --aggregated"):
-        resolved(model(tmp_path), local=local, tensor_parallel_size=2, cluster_key=KEY)
-
-
 def test_the_cache_bounds_the_context(tmp_path: Path) -> None:
     path = model(tmp_path, max_position_embeddings=1 << 20)
     cluster = resolved(path, kv_memory="64MiB", dtype="float32")
