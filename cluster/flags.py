@@ -17,6 +17,11 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--kv-memory", metavar="SIZE", help="KV cache of each worker: bytes, 512MiB, 2GB"
     )
+    group.add_argument(
+        "--kv-offload-memory",
+        metavar="SIZE",
+        help="host memory of each worker for blocks that leave its prefix cache (default: none)",
+    )
     group.add_argument("--num-threads", metavar="N", help="CPU threads of each worker")
     group.add_argument(
         "--tensor-parallel-size",

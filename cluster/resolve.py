@@ -8,6 +8,7 @@ How defaults are chosen:
 - kv_memory, of each worker: on a CPU, room for 16 sequences of full length, between 64 MiB and
   4 GiB, and never more than half of the free memory over all workers. On a GPU, 85 % of what is
   free after the weights, shared by the workers of that GPU; of N GPUs if a worker has N ranks.
+- kv_offload_memory: none; what is set is taken from the machine's own memory before kv_memory is.
 - max_model_len: the model's own, cut to what one worker's cache can hold once.
 - num_threads: the cores, shared by the workers (1 on a GPU's host side is left to torch).
 """
@@ -87,6 +88,7 @@ class ResolvedCluster:
             dtype=self.dtype,
             block_size=settings.block_size,
             kv_memory_bytes=self.kv_memory_bytes,
+            kv_offload_bytes=settings.kv_offload_memory,
             max_model_len=self.max_model_len,
             max_step_tokens=settings.max_step_tokens,
             max_running=settings.max_running,
@@ -131,10 +133,16 @@ def resolve(
         _check_ranks(settings, machine)
     sharing = _sharing(settings, machine, num_workers) if on_gpu else num_workers
     kv_bytes = settings.kv_memory or _kv_bytes(
-        checkpoint, machine, device, dtype, sharing, settings.tensor_parallel_size
+        checkpoint, machine, device, dtype, sharing, settings
     )
-    if local and not on_gpu:
-        _check_memory(checkpoint, machine, dtype, num_workers, kv_bytes)
+    if local:
+        on_host = settings.kv_offload_memory + (0 if on_gpu else kv_bytes)
+        weights = 0 if on_gpu else checkpoint.weight_bytes_as(dtype)
+        _check_memory(machine, num_workers, weights, on_host)
+    if settings.kv_offload_memory and not settings.prefix_caching:
+        raise ConfigurationError(
+            "kv_offload_memory keeps what prefix_caching finds; switch that on"
+        )
     key = read_cluster_key(settings.cluster_key, settings.cluster_key_file)
     if key is None and not local:
         raise ConfigurationError(
@@ -215,8 +223,14 @@ def _dtype(
 
 
 def _kv_bytes(
-    checkpoint: Checkpoint, machine: Machine, device: str, dtype: str, sharing: int, ranks: int
+    checkpoint: Checkpoint,
+    machine: Machine,
+    device: str,
+    dtype: str,
+    sharing: int,
+    settings: ClusterSettings,
 ) -> int:
+    ranks = settings.tensor_parallel_size
     weights = checkpoint.weight_bytes_as(dtype)
     if device.startswith("cuda"):
         if machine.gpu_free_bytes is None:
@@ -234,19 +248,18 @@ def _kv_bytes(
     else:
         wish = _FULL_SEQUENCES * checkpoint.max_model_len * per_token
     spare = machine.free_bytes // sharing - weights - ranks * _PROCESS_BYTES
+    spare -= settings.kv_offload_memory
     return max(_MIN_KV_BYTES, min(wish, spare // 2, _MAX_CPU_KV_BYTES))
 
 
-def _check_memory(
-    checkpoint: Checkpoint, machine: Machine, dtype: str, workers: int, kv_bytes: int
-) -> None:
-    weights = checkpoint.weight_bytes_as(dtype)
+def _check_memory(machine: Machine, workers: int, weights: int, kv_bytes: int) -> None:
+    """What the workers of this machine need of its own memory, not of its GPUs'."""
     need = workers * (weights + kv_bytes)
     if need > machine.free_bytes:
         raise ConfigurationError(
             f"too little memory: {workers} worker(s) need {gib(need)} ({gib(weights)} weights and"
             f" {gib(kv_bytes)} KV cache each), {gib(machine.free_bytes)} is available; use fewer"
-            " workers, a smaller --kv-memory or a smaller model"
+            " workers, a smaller --kv-memory or --kv-offload-memory, or a smaller model"
         )
 
 

@@ -31,6 +31,14 @@ def parse_bytes(value: object) -> int:
     Raises:
         ValueError: it is none of these, or not positive.
     """
+    size = parse_bytes_or_none(value)
+    if not size:
+        raise ValueError(f"a size must be positive, not {value!r}")
+    return size
+
+
+def parse_bytes_or_none(value: object) -> int:
+    """The same, and 0 for nothing. Raises ValueError."""
     if isinstance(value, int) and not isinstance(value, bool):
         size = value
     else:
@@ -38,7 +46,7 @@ def parse_bytes(value: object) -> int:
         if match is None:
             raise ValueError(f"{value!r} is no size; write bytes, or for example 512MiB or 2GB")
         size = int(float(match[1]) * _UNITS[(match[2] or "").lower()])
-    if size <= 0:
+    if size < 0:
         raise ValueError(f"a size must be positive, not {value!r}")
     return size
 
@@ -78,6 +86,7 @@ def _on(value: bool) -> bool:
 
 On = Annotated[bool, AfterValidator(_on)]
 Size = Annotated[int, BeforeValidator(parse_bytes)]
+SizeOrNone = Annotated[int, BeforeValidator(parse_bytes_or_none)]
 Word = Annotated[str, Field(min_length=1)]
 Words = Annotated[tuple[Word, ...], BeforeValidator(split_words)]
 JsonObject = Annotated[dict[str, Any], BeforeValidator(_json)]
@@ -138,6 +147,7 @@ class ClusterSettings(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     block_size: int = Field(default=16, ge=1, le=1024)
     kv_memory: Size | None = None  # of each worker
+    kv_offload_memory: SizeOrNone = 0  # host memory of each worker for cold prefix blocks; 0: off
     tensor_parallel_size: int = Field(default=1, ge=1, le=64)  # ranks of each worker
     max_model_len: int | None = Field(default=None, ge=2)
     max_step_tokens: int = Field(default=2048, ge=1)

@@ -9,6 +9,7 @@ from rpc.status import fetch_status
 
 _TIMEOUT_S = 5.0
 _AUDIT_TIMEOUT_S = 30.0  # it waits for the end of a step, several times
+HOST_STATES = ("free", "cached", "loading")
 STATES = ("free", "cached", "owned", "leased", "reserved", "quarantined")
 
 
@@ -24,9 +25,24 @@ def ledger_error(status: Mapping[str, object]) -> str | None:
     numbers = {state: int(str(count)) for state, count in counts.items()}
     total = numbers.pop("total")
     if sum(numbers.values()) == total:
-        return None
+        return _offload_error(status)
     terms = " + ".join(f"{count} {state}" for state, count in numbers.items())
     return f"{terms} = {sum(numbers.values())}, not {total}"
+
+
+def _offload_error(status: Mapping[str, object]) -> str | None:
+    """Why the ledger of host memory is wrong; None without one."""
+    kept = status.get("offload")
+    if kept is None:
+        return None
+    if not isinstance(kept, Mapping):
+        return "the ledger of host memory is not readable"
+    counts = [kept.get(state) for state in (*HOST_STATES, "total")]
+    numbers = [count for count in counts if isinstance(count, int) and count >= 0]
+    if len(numbers) == len(counts) and sum(numbers[:-1]) == numbers[-1]:
+        return None
+    terms = ", ".join(f"{state} {count}" for state, count in kept.items())
+    return f"the blocks of host memory do not add up: {terms}"
 
 
 def findings_of(status: Mapping[str, object]) -> list[str]:

@@ -121,7 +121,8 @@ class WorkerLoad:
 
     `free` to `quarantined` are the ledger: its blocks by state, all of one moment. They add up to
     `total_blocks`. The transfers are those of a P since its start: with a lease that ran out, and
-    taken back because a prefill lacked memory (L6).
+    taken back because a prefill lacked memory (L6). `offload_free` to `offload_loading` are the
+    blocks of host memory by state; the bytes are those moved there and back since the start.
     """
 
     step: int = 0
@@ -139,3 +140,8 @@ class WorkerLoad:
     quarantined: int = 0
     expired_transfers: int = 0
     revoked_transfers: int = 0
+    offload_free: int = 0
+    offload_cached: int = 0
+    offload_loading: int = 0
+    offloaded_bytes: int = 0
+    loaded_bytes: int = 0

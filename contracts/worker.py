@@ -59,6 +59,7 @@ class WorkerConfig:
     dtype: str = "float32"  # float32, bfloat16, float16
     block_size: int = 16  # tokens
     kv_memory_bytes: int = 256 << 20
+    kv_offload_bytes: int = 0  # host memory for cold prefix blocks; 0: none
     max_model_len: int | None = None  # None: the model's own
     max_step_tokens: int = 2048  # a step computes at most this many tokens
     max_running: int = 256  # sequences in a step

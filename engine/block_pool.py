@@ -16,11 +16,14 @@ from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from contracts.errors import OutOfBlocks
 from engine.free_runs import FreeRuns
 from engine.generations import GenerationWords
+
+if TYPE_CHECKING:
+    from engine.host_pool import HostPool
 
 _FREE, _CACHED, _OWNED, _LEASED, _RESERVED, _QUARANTINED = range(6)  # states, least first
 _FIELD_BITS = 20  # a block never has a million holders of one kind
@@ -90,6 +93,26 @@ def block_key(parent: bytes, token_ids: Iterable[int]) -> bytes:
     return digest.digest()
 
 
+@dataclass(frozen=True, slots=True)
+class Hits:
+    """The longest cached prefix of a chain of keys: what is on the device, what on the host."""
+
+    keys: Sequence[bytes]
+    blocks: list[int]  # on the device, in order
+    slots: dict[int, int]  # host slots, by their place in the chain
+
+    def __len__(self) -> int:
+        return len(self.blocks) + len(self.slots)
+
+    def filled(self, fresh: Sequence[int]) -> list[int]:
+        """All blocks in order: `fresh` ones where the host has the content, and at the end."""
+        if not self.slots:
+            return [*self.blocks, *fresh]
+        device, new = iter(self.blocks), iter(fresh)
+        places = range(len(self.blocks) + len(fresh))
+        return [next(new if i in self.slots or i >= len(self) else device) for i in places]
+
+
 class BlockPool:
     """Holders of each block; a block with no holder is cached or free.
 
@@ -97,13 +120,18 @@ class BlockPool:
     `_evictable` (it has a key) or in `_free`; `_counts` are the blocks by state. `verify` asserts
     after every step what can be seen of this without looking at each block, `check` all of it.
 
+    With a `host` pool the content of an evicted block is kept there, under its key.
+
     All methods but `allocate` and `reserve` raise LedgerFault for blocks that are not held as the
     call says; the pool is then of no more use.
     """
 
-    def __init__(self, num_blocks: int, generations: GenerationWords) -> None:
+    def __init__(
+        self, num_blocks: int, generations: GenerationWords, host: "HostPool | None" = None
+    ) -> None:
         self.total = num_blocks
         self.generations = generations
+        self.host = host
         self._free = FreeRuns(num_blocks)
         self._evictable: OrderedDict[int, None] = OrderedDict()  # oldest first
         self._holders = [0] * num_blocks
@@ -130,6 +158,18 @@ class BlockPool:
     def reserve(self, count: int) -> list[int]:
         """Take `count` blocks for an arriving handoff, or none (M2). Raises OutOfBlocks."""
         return self._take(count, None, _RESERVED)
+
+    def allocate_after(self, hits: Hits, count: int) -> list[int]:
+        """`count` blocks in all for an owner that shares `hits.blocks` already, hits first.
+
+        Raises:
+            OutOfBlocks: the pool is unchanged.
+        """
+        return self._take_after(hits, count, _OWNED)
+
+    def reserve_after(self, hits: Hits, count: int) -> list[int]:
+        """The same for an arriving handoff that has pinned `hits.blocks`. Raises OutOfBlocks."""
+        return self._take_after(hits, count, _RESERVED)
 
     def share(self, blocks: Sequence[int]) -> None:
         """One more owner for blocks that are cached or held."""
@@ -181,6 +221,22 @@ class BlockPool:
             hits.append(block)
         return hits
 
+    def search(self, keys: Sequence[bytes]) -> Hits:
+        """The longest prefix of `keys` that is on the device or in host memory."""
+        blocks = self.lookup(keys)
+        slots: dict[int, int] = {}
+        if self.host is not None:
+            for index in range(len(blocks), len(keys)):
+                block = self._by_key.get(keys[index])
+                if block is not None:
+                    blocks.append(block)
+                    continue
+                slot = self.host.find(keys[index])
+                if slot is None:
+                    break
+                slots[index] = slot
+        return Hits(keys, blocks, slots)
+
     def remember(self, block_id: int, key: bytes) -> None:
         """Make a full, completely computed block findable. The first block of a key stays."""
         if not self._holders[block_id]:
@@ -212,6 +268,8 @@ class BlockPool:
         ):
             there = f"{len(self._free)} can be given out, {len(self._evictable)} evicted"
             raise LedgerFault(f"the block ledger does not add up: {self.ledger()}, {there}")
+        if self.host is not None:
+            self.host.verify()
 
     def faults(self) -> set[tuple[str, int]]:
         """Look at every block: what is wrong, and with which (-1: with no one in particular)."""
@@ -234,6 +292,8 @@ class BlockPool:
             found.add(("keys lead to blocks that do not have them", -1))
         if recount != self._counts:
             found.add((f"the ledger is {self.ledger()}, recounted {recount}", -1))
+        if self.host is not None:
+            found |= {(what, -1) for what in self.host.faults()}
         return found
 
     def check(self) -> None:
@@ -258,7 +318,7 @@ class BlockPool:
         counts, holders, one = self._counts, self._holders, _ONE[state]
         while len(self._free) < count:
             block, _ = self._evictable.popitem(last=False)
-            self._forget(block)
+            self._evict(block)
             self._free.add(block)
             counts[_CACHED] -= 1
             counts[_FREE] += 1
@@ -273,11 +333,28 @@ class BlockPool:
         counts[state] += count
         return blocks
 
-    def _forget(self, block: int) -> None:
+    def _take_after(self, hits: Hits, count: int, state: int) -> list[int]:
+        wanted = count - len(hits.blocks)
+        if wanted > self.available:
+            raise OutOfBlocks(wanted=wanted, available=self.available)
+        first = min(hits.slots, default=len(hits.blocks))
+        after = hits.blocks[first - 1] if first and state == _OWNED else None
+        if self.host is not None:
+            self.host.hold(hits.slots.values())  # what is evicted now takes none of their places
+        blocks = hits.filled(self._take(wanted, after, state))
+        if self.host is not None:
+            for index, slot in hits.slots.items():
+                self.host.load(slot, blocks[index])
+                self.remember(blocks[index], hits.keys[index])
+        return blocks
+
+    def _evict(self, block: int) -> None:
         key = self._key[block]
         if key is not None:
             del self._by_key[key]
             self._key[block] = None
+            if self.host is not None:
+                self.host.save(block, key)
 
     def _pin(self, state: int, blocks: Sequence[int]) -> None:
         """One more holder for blocks that are cached or held."""

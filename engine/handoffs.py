@@ -43,22 +43,22 @@ class Handoffs:
         extend_keys(keys, list(request.prompt_ids), size, request.cache_salt, length // size)
         # Whoever draws here computes the last prompt token: in a block of its own (F3).
         usable = keys[: (length - 1) // size] if request.redraw else keys
-        hits = pool.lookup(usable) if self._prefix_caching else []
-        pool.pin_reserved(hits)
+        hits = pool.search(usable if self._prefix_caching else [])
+        pool.pin_reserved(hits.blocks)
         spare_count = request.params.n - 1
-        fresh_count = blocks_for(length + 1, size) - len(hits)
+        count = blocks_for(length + 1, size)
         try:
-            wanted = fresh_count + spare_count
+            wanted = count - len(hits.blocks) + spare_count
             room = pool.available - self._roster.headroom()
             if wanted > room:
                 raise OutOfBlocks(wanted, room)
-            fresh = pool.reserve(fresh_count)
+            blocks = pool.reserve_after(hits, count)
         except OutOfBlocks:
-            pool.unreserve(hits)
+            pool.unreserve(hits.blocks)
             raise
         spare = pool.reserve(spare_count) if spare_count else []
         self.arriving += request.params.n
-        reservation = Reservation(request, hits + fresh, len(hits), spare, keys, on_reclaimed)
+        reservation = Reservation(request, blocks, len(hits), spare, keys, on_reclaimed)
         self.open.append(reservation)
         return reservation
 

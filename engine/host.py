@@ -23,6 +23,7 @@ from engine.block_pool import BlockPool, Ledger
 from engine.generations import GenerationWords
 from engine.grammar import GrammarCompiler
 from engine.guide import Guide
+from engine.host_pool import HostLedger, HostPool
 from engine.kv_cache import KvCache
 from engine.loop import Engine
 from engine.model import LoadedModel
@@ -142,7 +143,8 @@ def build(
             raise followers.reason(error) from None
         rank.runner.followers = followers
     model, num_blocks = rank.model, rank.cache.num_blocks
-    words, max_model_len = rank.words, rank.max_model_len
+    words, max_model_len, num_slots = rank.words, rank.max_model_len, rank.num_slots
+    bytes_per_block = rank.cache.bytes_per_block * config.tensor_parallel_size
     scheduler = Scheduler(
         SchedulerConfig(
             block_size=config.block_size,
@@ -152,7 +154,7 @@ def build(
             max_waiting=config.max_waiting,
             prefix_caching=config.prefix_caching,
         ),
-        BlockPool(num_blocks, words),
+        BlockPool(num_blocks, words, HostPool(num_slots, bytes_per_block) if num_slots else None),
     )
     tokenizer = Path(config.model_path) / "tokenizer.json"
     digest = {
@@ -349,8 +351,11 @@ class EngineHost:
         scheduler, load = self.parts.scheduler, self.engine.load
         states = {state: getattr(load, state) for state in Ledger.STATES}
         ledger = Ledger(load.total_blocks, **states)
+        host = scheduler.pool.host
+        kept = {state: getattr(load, f"offload_{state}") for state in HostLedger.STATES}
         return {
             "ledger": {"total": ledger.total, **states},
+            "offload": {"total": host.total if host is not None else 0, **kept},
             "balanced": ledger.balanced,
             "idle": ledger.idle,
             "tensor_parallel_size": self._config.tensor_parallel_size,
@@ -360,6 +365,8 @@ class EngineHost:
             "evictions": scheduler.pool.evictions,
             "computed_prompt_tokens": scheduler.computed_prompt_tokens,
             "cached_prompt_tokens": scheduler.cached_prompt_tokens,
+            "offloaded_bytes": load.offloaded_bytes,
+            "loaded_bytes": load.loaded_bytes,
         }
 
     def stop(self) -> None:

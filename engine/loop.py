@@ -55,6 +55,7 @@ class Engine:
     ) -> None:
         self._scheduler = scheduler
         self._computer = computer
+        scheduler.move = self._move
         self._on_events = on_events
         self._on_failure = on_failure
         self._check_ledger = check_ledger
@@ -209,6 +210,13 @@ class Engine:
         self.steps += 1
         self.busy_s += time.monotonic() - began
         self._publish()
+
+    def _move(self, plan: StepPlan) -> None:
+        """Compute a plan within a command. Raises LedgerFault: nobody knows what was moved."""
+        try:
+            self._computer.compute(plan)
+        except Exception as error:
+            raise LedgerFault("KV blocks could not be moved") from error
 
     def _publish(self) -> None:
         pool = self._scheduler.pool

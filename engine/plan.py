@@ -119,13 +119,16 @@ class Decodes:
 class StepPlan:
     """What one step computes: `decodes`, then `others`, in this order.
 
-    `copies` (source block, target block) happen before the forward.
+    Before the forward happen, in this order, `offloads` (block, host slot) and `loads` (host slot,
+    block), see engine/host_pool.py, and `copies` (source block, target block).
     """
 
     step: int
     others: tuple[Chunk, ...]
     copies: tuple[tuple[int, int], ...] = ()
     decodes: Decodes = Decodes()
+    offloads: tuple[tuple[int, int], ...] = ()
+    loads: tuple[tuple[int, int], ...] = ()
 
     @cached_property
     def chunks(self) -> tuple[Chunk, ...]:
@@ -135,7 +138,7 @@ class StepPlan:
     @property
     def empty(self) -> bool:
         """Whether there is nothing to compute and nothing to copy."""
-        return not (self.decodes or self.others or self.copies)
+        return not (self.decodes or self.others or self.copies or self.offloads or self.loads)
 
     @property
     def num_tokens(self) -> int:

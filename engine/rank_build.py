@@ -15,6 +15,7 @@ from engine.attention.select import select_backend
 from engine.generations import GenerationWords
 from engine.kv_cache import KvCache
 from engine.model import LoadedModel, load_model
+from engine.offload import OffloadMemory, slots_in
 from engine.packed import Packing, pack
 from engine.probe import probe
 from engine.rank_group import RankGroup
@@ -27,13 +28,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RankParts:
-    """One rank, ready to compute steps. `max_model_len` is what model and cache allow."""
+    """One rank, ready to compute steps.
+
+    `max_model_len` is what model and cache allow, `num_slots` the blocks its host memory holds.
+    """
 
     model: LoadedModel
     cache: KvCache
     words: GenerationWords
     runner: ModelRunner
     max_model_len: int
+    num_slots: int
 
     @property
     def memory(self) -> KvMemory:
@@ -107,7 +112,11 @@ def build_rank(
         backend.name,
         difference,
     )
-    return RankParts(model, cache, GenerationWords(num_blocks, incarnation), runner, max_model_len)
+    num_slots = slots_in(config.kv_offload_bytes // size, spec.bytes_per_block)
+    if num_slots:
+        runner.offload = OffloadMemory(cache, num_slots)
+    words = GenerationWords(num_blocks, incarnation)
+    return RankParts(model, cache, words, runner, max_model_len, num_slots)
 
 
 def _probe_packed(runner: ModelRunner, *, alone: bool) -> float:

@@ -101,18 +101,18 @@ class Roster:
         """Give a waiting sequence the blocks of all its tokens; False: they are not there."""
         size = self.block_size
         length = len(seq.token_ids)
-        hits: list[int] = []
+        count = 0
         if self._prefix_caching and not seq.scored:  # a score needs its token computed
             # The last token is always computed: its logits are not in the cache (F3).
             count = (length - 1) // size
             self._extend_keys(seq, count)
-            hits = self.pool.lookup(seq.block_keys[:count])
-        self.pool.share(hits)
-        need = blocks_for(length, size) - len(hits)
-        if need > self.pool.available - self.headroom():
-            self.pool.release(hits)
+        hits = self.pool.search(seq.block_keys[:count])
+        self.pool.share(hits.blocks)
+        need = blocks_for(length, size)
+        if need - len(hits.blocks) > self.pool.available - self.headroom():
+            self.pool.release(hits.blocks)
             return False
-        seq.block_ids = (*hits, *self.pool.allocate(need, hits[-1] if hits else None))
+        seq.block_ids = tuple(self.pool.allocate_after(hits, need))
         seq.num_computed = len(hits) * size
         seq.num_remembered = len(hits)
         self._unqueue(seq)

@@ -10,6 +10,7 @@ from engine.attention.base import AttentionBackend, StepBatch
 from engine.kv_cache import KvCache
 from engine.model import LoadedModel
 from engine.native_decoder import MAX_BATCH, NativeDecoder
+from engine.offload import OffloadMemory
 from engine.plan import StepPlan
 
 
@@ -40,6 +41,7 @@ class ModelRunner:
         self.backend = backend
         self.followers = followers
         self.decoder: NativeDecoder | None = None
+        self.offload: OffloadMemory | None = None
         self._tables = BlockTables()
         parameters = inspect.signature(model.module.forward).parameters
         self._keeps_logits = "logits_to_keep" in parameters
@@ -53,7 +55,7 @@ class ModelRunner:
             `rows_of`, in plan order. The device may still be computing them.
         """
         with torch.inference_mode():
-            moves = Moves(copies=plan.copies)
+            moves = Moves(plan.offloads, plan.loads, plan.copies)
             if not plan.decodes and not plan.others:
                 self.move(moves)
                 if self.followers is not None and moves:
@@ -67,6 +69,8 @@ class ModelRunner:
 
     def move(self, moves: Moves) -> None:
         """Move blocks."""
+        if self.offload is not None:
+            self.offload.move(moves.offloads, moves.loads)
         self.cache.copy_blocks(moves.copies)
 
     def compute(self, arrays: StepArrays) -> torch.Tensor:

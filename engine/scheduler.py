@@ -22,6 +22,7 @@ from engine.block_pool import BlockPool
 from engine.chunks import chunk_of
 from engine.guide import Guide
 from engine.handoffs import Handoffs
+from engine.load import load_of
 from engine.outcomes import prompt_scores, token_out
 from engine.plan import Chunk, Sampled, StepPlan, StepResult
 from engine.roster import Roster
@@ -66,7 +67,11 @@ class Scheduler:
     """Waiting and running sequences of one engine, in order of priority, then arrival.
 
     `schedule` makes a plan, `commit` applies its outcome; between the two nothing else is called.
+    `move` computes a plan that only moves blocks to and from host memory; it is there if the pool
+    has some.
     """
+
+    move: Callable[[StepPlan], object]
 
     def __init__(self, config: SchedulerConfig, pool: BlockPool) -> None:
         self.config = config
@@ -105,23 +110,7 @@ class Scheduler:
 
     def load(self) -> WorkerLoad:
         """Queue and memory, for routers."""
-        waiting, running = self._roster.waiting, self._roster.running
-        ledger = self.pool.ledger()
-        return WorkerLoad(
-            step=self._step,
-            waiting=len(waiting),
-            running=len(running),
-            waiting_tokens=self._roster.waiting_tokens
-            + sum([s.remaining for s in running if s.stream is None and s.remaining > 1]),
-            free_blocks=self.pool.available,
-            total_blocks=ledger.total,
-            free=ledger.free,
-            cached=ledger.cached,
-            owned=ledger.owned,
-            leased=ledger.leased,
-            reserved=ledger.reserved,
-            quarantined=ledger.quarantined,
-        )
+        return load_of(self._step, self._roster, self.pool)
 
     def audit(self, known: Known) -> set[Finding]:
         """Recount all blocks and ask for whom each is held; between two steps only."""
@@ -210,7 +199,17 @@ class Scheduler:
         )
         if full or starving:
             raise OutOfBlocks(blocks_for(len(request.prompt_ids) + 1, self.config.block_size), 0)
-        return self._handoffs.reserve(request, [] if keys is None else keys, on_reclaimed)
+        reservation = self._handoffs.reserve(request, [] if keys is None else keys, on_reclaimed)
+        self._move()
+        return reservation
+
+    def _move(self) -> None:
+        """Make the moves that are due at once: what a handoff writes does not wait for a step."""
+        host = self.pool.host
+        offloads, loads = host.take() if host is not None else ((), ())
+        if host is not None and (offloads or loads):
+            self.move(StepPlan(self._step, (), offloads=offloads, loads=loads))
+            host.loaded(loads)
 
     def unreserve(self, reservation: Reservation, in_flight: Iterable[int] = ()) -> None:
         """Give a reservation up; blocks in `in_flight` may still be written and are quarantined."""
@@ -245,7 +244,9 @@ class Scheduler:
             if count:
                 chunks.append(chunk_of(seq, count))
         self._admit_waiting(chunks, budget, alone=not streams)
-        return StepPlan(self._step, tuple(chunks), roster.take_copies(), decodes_of(streams))
+        copies, decodes = roster.take_copies(), decodes_of(streams)
+        moves = self.pool.host.take() if self.pool.host is not None else ((), ())
+        return StepPlan(self._step, tuple(chunks), copies, decodes, *moves)
 
     def _grow_decodes(
         self, chunks: list[Chunk], budget: _Budget
@@ -323,6 +324,8 @@ class Scheduler:
         """Advance the sequences of `plan` by what its computation gave."""
         draws, scores = iter(result.sampled), iter(result.scores)
         self._roster.copied(plan.copies)
+        if plan.loads and self.pool.host is not None:
+            self.pool.host.loaded(plan.loads)
         if result.tokens is not None:
             self._events += advance(plan.decodes, result.tokens, repeat(()), self._roster)
         else:

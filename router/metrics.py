@@ -96,6 +96,18 @@ class RouterMetrics:
         self._kv_blocks = Gauge(
             "baton:kv_blocks", "KV blocks by state", [*labels, "state"], registry=self._registry
         )
+        self._offload_blocks = Gauge(
+            "baton:kv_offload_blocks",
+            "KV blocks of host memory by state",
+            [*labels, "state"],
+            registry=self._registry,
+        )
+        self._offload_bytes = Gauge(
+            "baton:kv_offload_total_bytes",
+            "KV bytes moved to and from host memory since the worker's start",
+            [*labels, "transfer_type"],
+            registry=self._registry,
+        )
         self._ended_transfers = Gauge(
             "baton:worker_ended_transfers",
             "Transfers that a P ended since its start, by reason: expired leases, revoked for "
@@ -170,6 +182,7 @@ class RouterMetrics:
         for gauge in (
             *(self._worker_running, self._worker_waiting, self._worker_free),
             *(self._kv_blocks, self._ended_transfers),
+            *(self._offload_blocks, self._offload_bytes),
         ):
             gauge.clear()
         for worker in workers:
@@ -179,6 +192,11 @@ class RouterMetrics:
             self._worker_free.labels(*labels).set(worker.load.free_blocks)
             for state, blocks in _ledger(worker.load).items():
                 self._kv_blocks.labels(*labels, state).set(blocks)
+            for state, blocks in _offload(worker.load).items():
+                self._offload_blocks.labels(*labels, state).set(blocks)
+            moved = self._offload_bytes  # vLLM's names for the directions
+            moved.labels(*labels, "GPU_to_CPU").set(worker.load.offloaded_bytes)
+            moved.labels(*labels, "CPU_to_GPU").set(worker.load.loaded_bytes)
             if worker.role is Role.PREFILL:
                 ended = self._ended_transfers
                 ended.labels(*labels, "expired").set(worker.load.expired_transfers)
@@ -197,6 +215,15 @@ def _ledger(load: WorkerLoad) -> dict[str, int]:
         "leased": load.leased,
         "reserved": load.reserved,
         "quarantined": load.quarantined,
+    }
+
+
+def _offload(load: WorkerLoad) -> dict[str, int]:
+    """Blocks of host memory by state."""
+    return {
+        "free": load.offload_free,
+        "cached": load.offload_cached,
+        "loading": load.offload_loading,
     }
 
 

@@ -125,6 +125,11 @@ def load_to_pb(load: WorkerLoad) -> pb.Load:
         quarantined=load.quarantined,
         expired_transfers=load.expired_transfers,
         revoked_transfers=load.revoked_transfers,
+        offload_free=load.offload_free,
+        offload_cached=load.offload_cached,
+        offload_loading=load.offload_loading,
+        offloaded_bytes=load.offloaded_bytes,
+        loaded_bytes=load.loaded_bytes,
     )
 
 
@@ -146,6 +151,11 @@ def load_from_pb(message: pb.Load) -> WorkerLoad:
         quarantined=message.quarantined,
         expired_transfers=message.expired_transfers,
         revoked_transfers=message.revoked_transfers,
+        offload_free=message.offload_free,
+        offload_cached=message.offload_cached,
+        offload_loading=message.offload_loading,
+        offloaded_bytes=message.offloaded_bytes,
+        loaded_bytes=message.loaded_bytes,
     )
 
 

@@ -197,7 +197,7 @@ class WorkerHello(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., incarnation: _Optional[int] = ..., semantic_hash: _Optional[str] = ..., max_model_len: _Optional[int] = ..., max_prompt_tokens: _Optional[int] = ..., block_size: _Optional[int] = ..., total_blocks: _Optional[int] = ..., attention_backend: _Optional[str] = ..., device: _Optional[str] = ..., version: _Optional[str] = ..., epoch: _Optional[int] = ..., protocol_version: _Optional[int] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("step", "waiting", "running", "waiting_tokens", "free_blocks", "total_blocks", "draining", "free", "cached", "owned", "leased", "reserved", "quarantined", "expired_transfers", "revoked_transfers")
+    __slots__ = ("step", "waiting", "running", "waiting_tokens", "free_blocks", "total_blocks", "draining", "free", "cached", "owned", "leased", "reserved", "quarantined", "expired_transfers", "revoked_transfers", "offload_free", "offload_cached", "offload_loading", "offloaded_bytes", "loaded_bytes")
     STEP_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
@@ -213,6 +213,11 @@ class Load(_message.Message):
     QUARANTINED_FIELD_NUMBER: _ClassVar[int]
     EXPIRED_TRANSFERS_FIELD_NUMBER: _ClassVar[int]
     REVOKED_TRANSFERS_FIELD_NUMBER: _ClassVar[int]
+    OFFLOAD_FREE_FIELD_NUMBER: _ClassVar[int]
+    OFFLOAD_CACHED_FIELD_NUMBER: _ClassVar[int]
+    OFFLOAD_LOADING_FIELD_NUMBER: _ClassVar[int]
+    OFFLOADED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LOADED_BYTES_FIELD_NUMBER: _ClassVar[int]
     step: int
     waiting: int
     running: int
@@ -228,7 +233,12 @@ class Load(_message.Message):
     quarantined: int
     expired_transfers: int
     revoked_transfers: int
-    def __init__(self, step: _Optional[int] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., draining: bool = ..., free: _Optional[int] = ..., cached: _Optional[int] = ..., owned: _Optional[int] = ..., leased: _Optional[int] = ..., reserved: _Optional[int] = ..., quarantined: _Optional[int] = ..., expired_transfers: _Optional[int] = ..., revoked_transfers: _Optional[int] = ...) -> None: ...
+    offload_free: int
+    offload_cached: int
+    offload_loading: int
+    offloaded_bytes: int
+    loaded_bytes: int
+    def __init__(self, step: _Optional[int] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., free_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., draining: bool = ..., free: _Optional[int] = ..., cached: _Optional[int] = ..., owned: _Optional[int] = ..., leased: _Optional[int] = ..., reserved: _Optional[int] = ..., quarantined: _Optional[int] = ..., expired_transfers: _Optional[int] = ..., revoked_transfers: _Optional[int] = ..., offload_free: _Optional[int] = ..., offload_cached: _Optional[int] = ..., offload_loading: _Optional[int] = ..., offloaded_bytes: _Optional[int] = ..., loaded_bytes: _Optional[int] = ...) -> None: ...
 
 class TokenLogprob(_message.Message):
     __slots__ = ("logprob", "top_ids", "top_logprobs")

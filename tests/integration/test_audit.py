@@ -67,7 +67,11 @@ async def load(cluster: SplitCluster, width: int = 6) -> AsyncIterator[list[int]
 async def test_busy_workers_give_no_finding(llama: Path) -> None:
     # Memory is short, so that there are evictions, preemptions and waiting handoffs too.
     small: dict[str, object] = {"kv_memory_bytes": 40 * 12288}
-    async with split_cluster(llama, prefill=small, decode=small) as cluster, load(cluster) as done:
+    offload = {**small, "kv_offload_bytes": 60 * 12288}
+    async with (
+        split_cluster(llama, prefill=small, decode=offload) as cluster,
+        load(cluster) as done,
+    ):
         count = 0
         while count < AUDITS or len(done) < 20:
             count += 1

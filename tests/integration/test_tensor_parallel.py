@@ -177,6 +177,22 @@ async def test_preempted_sequences_are_exact(models: Any) -> None:
         assert driver.host.parts.scheduler.preemptions > 0
 
 
+async def test_evicted_prefixes_come_back_to_every_rank(models: Any) -> None:
+    """Each rank keeps its own heads of them in host memory."""
+    folder = models("llama")
+    many = [(prompt * 7)[:100] for prompt in prompts()[1:]]
+    memory: dict[str, Any] = {"kv_memory_bytes": 14 * 12288, "kv_offload_bytes": 4 << 20}
+    async with engine(folder, 2, **memory) as driver:
+        for _ in range(2):
+            for prompt in many:
+                found = await driver.finish(await driver.submit(prompt))
+                assert found == [greedy(folder, "llama", prompt, NEW)]
+        status: Any = driver.host.status()
+        assert status["loaded_bytes"] > 0
+        assert status["loaded_bytes"] % 12288 == 0  # of both ranks
+        assert status["offload"]["total"] == (4 << 20) // 12288
+
+
 async def test_followers_have_the_same_generations_and_their_own_heads(models: Any) -> None:
     folder = models("llama")
     async with engine(folder, 2) as driver:

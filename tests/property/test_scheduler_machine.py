@@ -15,6 +15,7 @@ from contracts.sampling import SamplingParams
 from engine.audit import Known
 from engine.block_pool import BlockPool
 from engine.generations import GenerationWords
+from engine.host_pool import HostPool
 from engine.scheduler import Scheduler, SchedulerConfig
 from engine.sequence import Reservation, Started
 from tests.support.naive_beams import naive_beams
@@ -61,10 +62,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         running=st.integers(1, 8),
         caching=st.booleans(),
         as_tokens=st.booleans(),
+        offload=st.sampled_from([0, 2, 9, 40]),  # blocks of host memory
     )
-    def start(self, blocks: int, budget: int, running: int, caching: bool, as_tokens: bool) -> None:
+    def start(
+        self, blocks: int, budget: int, running: int, caching: bool, as_tokens: bool, offload: int
+    ) -> None:
         self.words = GenerationWords(blocks, incarnation=7)
-        self.pool = BlockPool(blocks, self.words)
+        self.pool = BlockPool(blocks, self.words, HostPool(offload, 1) if offload else None)
         config = SchedulerConfig(
             block_size=BLOCK,
             max_model_len=MAX_LEN,
@@ -75,6 +79,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         self.scheduler = Scheduler(config, self.pool)
         self.oracle = PagedOracle(blocks, BLOCK, as_tokens=as_tokens)
+        self.scheduler.move = self.oracle.compute
         self.requests: dict[RequestId, Expected] = {}
         self.reservations: list[Reservation] = []
         self.quarantined: list[list[int]] = []
@@ -278,6 +283,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         if hasattr(self, "pool"):
             self.pool.check()
             assert self.scheduler.audit(self._known()) == set()
+            load = self.scheduler.load()
+            slots = self.pool.host.total if self.pool.host is not None else 0
+            assert load.offload_free + load.offload_cached == slots, "nothing is loading now"
 
     @invariant()
     def counts_are_those_of_a_recount(self) -> None:

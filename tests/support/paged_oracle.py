@@ -48,6 +48,7 @@ class PagedOracle:
     """Implements engine.loop.StepComputer over token-holding slots.
 
     `as_tokens`: draws of a step's streams are told as tokens, if none of them has more to tell.
+    `host` is what was moved to host memory, by slot.
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, as_tokens: bool = False) -> None:
@@ -56,12 +57,17 @@ class PagedOracle:
         self.slots: list[list[tuple[int, int] | None]] = [
             [None] * block_size for _ in range(num_blocks)
         ]
+        self.host: dict[int, list[tuple[int, int] | None]] = {}
         self.computed_tokens = 0
 
     def forget(self, sequences: Sequence[int]) -> None:
         pass
 
     def compute(self, plan: StepPlan) -> StepResult:
+        for block, slot in plan.offloads:
+            self.host[slot] = list(self.slots[block])
+        for slot, block in plan.loads:
+            self.slots[block] = list(self.host[slot])
         for source, target in plan.copies:
             self.slots[target] = list(self.slots[source])
         drawn: list[Sampled] = []

@@ -107,3 +107,20 @@ def test_ledger_error(ledger: object, error: str | None) -> None:
     else:
         assert found is not None
         assert error in found
+
+
+@pytest.mark.parametrize(
+    ("offload", "error"),
+    [
+        pytest.param({"total": 9, "free": 4, "cached": 3, "loading": 2}, None, id="adds-up"),
+        pytest.param({"total": 9, "free": 4, "cached": 3, "loading": 1}, "add up", id="lost"),
+        pytest.param({"total": 9, "free": 9, "cached": 0}, "add up", id="state-missing"),
+        pytest.param({"total": 0, "free": -1, "cached": 0, "loading": 1}, "add up", id="negative"),
+        pytest.param(3, "not readable", id="no-ledger"),
+        pytest.param(None, None, id="another-version"),
+    ],
+)
+def test_host_ledger_error(offload: object, error: str | None) -> None:
+    found = ledger_error({"ledger": {**GOOD, "total": 10}, "offload": offload})
+    assert (found is None) == (error is None)
+    assert error is None or error in str(found)

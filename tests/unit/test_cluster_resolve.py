@@ -96,6 +96,19 @@ def test_the_cache_bounds_the_context(tmp_path: Path) -> None:
     assert cluster.max_model_len == (64 << 20) // (4 * 1024) - 16  # all blocks but one
 
 
+def test_host_memory_for_prefixes_is_taken_from_the_machine(tmp_path: Path) -> None:
+    path = model(tmp_path, max_position_embeddings=1 << 20)
+    plain = resolved(path)
+    assert plain.worker_config(Role.DECODE, "d", "h").kv_offload_bytes == 0
+    cluster = resolved(path, kv_offload_memory="10GiB")
+    assert cluster.worker_config(Role.DECODE, "d", "h").kv_offload_bytes == 10 * GIB
+    assert cluster.kv_memory_bytes < plain.kv_memory_bytes
+    with pytest.raises(ConfigurationError, match=r"need 33.0 GiB .*--kv-offload-memory"):
+        resolved(path, GPU, kv_offload_memory="16.5GiB")
+    with pytest.raises(ConfigurationError, match="prefix_caching"):
+        resolved(path, kv_offload_memory="1GiB", prefix_caching=False)
+
+
 def test_unknown_shapes_are_left_to_the_engine(tmp_path: Path) -> None:
     cluster = resolved(model(tmp_path, kv_lora_rank=512))
     assert (cluster.kv_memory_bytes, cluster.max_model_len) == (256 << 20, None)

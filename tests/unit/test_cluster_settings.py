@@ -71,6 +71,8 @@ def test_environment_gives_every_kind_of_value() -> None:
         pytest.param({}, "", {}, "setting model: Field required", id="no-model"),
         pytest.param({"model": "m", "port": "x"}, "", {}, "port .from the command line", id="type"),
         pytest.param({"model": "m"}, "kv_memory: 2 apples", {}, "is no size; write", id="size"),
+        pytest.param({"model": "m", "kv_memory": "0MiB"}, "", {}, "be positive", id="no-size"),
+        pytest.param({"model": "m", "kv_offload_memory": -1}, "", {}, "be positive", id="less"),
         pytest.param({"model": "m", "dtype": "int3"}, "", {}, "setting dtype", id="choice"),
         pytest.param({"model": "m"}, "- 1", {}, "must hold a mapping", id="yaml-list"),
         pytest.param({"model": "m"}, "a: [", {}, "is no YAML", id="no-yaml"),

@@ -33,6 +33,19 @@ def test_blocks_by_worker_and_state() -> None:
     assert not [line for line in lines(metrics) if line.startswith("baton:kv_blocks{")], "both left"
 
 
+def test_host_memory_by_worker() -> None:
+    load = WorkerLoad(
+        offload_free=1, offload_cached=2, offload_loading=3, offloaded_bytes=40, loaded_bytes=30
+    )
+    shown = lines(RouterMetrics("m"), ("d", Role.DECODE, load))
+    for state, blocks in {"free": 1, "cached": 2, "loading": 3}.items():
+        labels = f'role="decode",state="{state}",worker_id="d"'
+        assert f"baton:kv_offload_blocks{{{labels}}} {blocks}.0" in shown
+    for direction, moved in {"GPU_to_CPU": 40, "CPU_to_GPU": 30}.items():
+        labels = f'role="decode",transfer_type="{direction}",worker_id="d"'
+        assert f"baton:kv_offload_total_bytes{{{labels}}} {moved}.0" in shown
+
+
 def test_ended_transfers_are_those_of_prefill_workers() -> None:
     load = WorkerLoad(expired_transfers=3, revoked_transfers=2)
     shown = lines(RouterMetrics("m"), ("p", Role.PREFILL, load), ("d", Role.DECODE, load))

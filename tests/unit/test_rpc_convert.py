@@ -200,6 +200,11 @@ LOADS = of(
     quarantined=U32,
     expired_transfers=U64,
     revoked_transfers=U64,
+    offload_free=U32,
+    offload_cached=U32,
+    offload_loading=U32,
+    offloaded_bytes=U64,
+    loaded_bytes=U64,
 )
 HELLOS = of(
     PeerHello,
