@@ -37,6 +37,7 @@ class OffloadMemory:
     """
 
     def __init__(self, cache: KvCache, num_slots: int) -> None:
+        self.num_slots = num_slots
         self._blocks = cache.tensor.view(cache.num_blocks, -1)
         on_gpu = cache.device.type == "cuda"
         try:

@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import logging
 import os
+import time
 from concurrent.futures import Future
 
 from contracts.errors import EngineFailure, TransferFailed
@@ -20,6 +21,8 @@ from kv_transfer.flight import ReadResult, failed, running_future
 from kv_transfer.rank_frames import Frame, read_frame, receive
 
 log = logging.getLogger(__name__)
+
+_ENGINE_TELLS_S = 2.0  # if a rank's process ends, its engine knows better why
 
 
 class RemoteTransfers:
@@ -36,6 +39,7 @@ class RemoteTransfers:
         self._receiving: asyncio.Task[None] | None = None
         self._pidfd = -1
         self._fault = ""
+        self._told_at = 0.0  # when the fault is for `assert_pulse`
         self._closing = False
 
     async def open(self, name: str, timeout_s: float = 30.0) -> None:
@@ -59,7 +63,7 @@ class RemoteTransfers:
 
     def assert_pulse(self) -> None:
         """Raise EngineFailure if that rank can transfer nothing any more."""
-        if self._fault and not self._closing:
+        if self._fault and not self._closing and time.monotonic() >= self._told_at:
             raise EngineFailure(f"the transfers of rank {self.rank} failed: {self._fault}")
 
     async def add_peer(self, metadata: bytes) -> PeerHandle:
@@ -128,7 +132,7 @@ class RemoteTransfers:
             while True:
                 self._take(await receive(reader))
         except (EOFError, OSError):
-            self._lose("its process is gone, or has closed the channel")
+            self._lose("it has closed the channel", _ENGINE_TELLS_S)
         except Exception as error:
             log.exception("rank %d: an answer that is none", self.rank)
             self._lose(f"an answer that is none: {error!r}")
@@ -143,9 +147,11 @@ class RemoteTransfers:
         elif (call := self._calls.get(head["number"])) is not None and not call.done():
             call.set_result(frame)
 
-    def _lose(self, fault: str) -> None:
+    def _lose(self, fault: str, patience_s: float = 0.0) -> None:
         """Nothing more can be asked; what was asked is not over by that."""
-        self._fault = self._fault or fault
+        if not self._fault:
+            self._fault = fault
+            self._told_at = time.monotonic() + patience_s
         for call in self._calls.values():
             if not call.done():
                 call.set_exception(TransferFailed(self._fault))
@@ -153,7 +159,7 @@ class RemoteTransfers:
     def _died(self) -> None:
         """The process has ended: its memory is gone, so nothing lands in it."""
         self._unwatch()
-        self._lose("its process has ended")
+        self._lose("its process has ended", _ENGINE_TELLS_S)
         reads, self._reads = self._reads, {}
         for future in reads.values():
             future.set_result(failed(f"rank {self.rank} has ended"))

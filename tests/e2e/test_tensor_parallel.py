@@ -87,6 +87,29 @@ def test_two_ranks_answer_as_one_and_a_killed_one_ends_the_worker(
     assert "rank 1 of this worker has ended (with status -9)" in worker.output
 
 
+def test_prefill_with_two_ranks_and_decode_with_one_or_two(
+    start: Callable[..., Command], model: str
+) -> None:
+    prefill = start("worker", "prefill", model, *FLAGS, "--tensor-parallel-size", "2")
+    p_address = prefill.ready(READY.replace("decode", "prefill"))
+    answers = []
+    for size in ("1", "2"):
+        decode = start("worker", "decode", model, *FLAGS, "--tensor-parallel-size", size)
+        d_address = decode.ready(READY)
+        for at in (("--prefill", p_address), ()):
+            router = start("router", model, *at, "--decode", d_address, "--port", "0")
+            url = router.ready(r"^baton router ready url=(http://127\.0\.0\.1:\d+)$")
+            wait_for(partial(healthy, url), "a healthy router")
+            answers.append(complete(url))
+            with urllib.request.urlopen(f"{url}/metrics", timeout=60) as metrics:
+                path = "remote" if at else "local"
+                assert f'baton:path_total{{path="{path}"}} 1.0' in metrics.read().decode()
+            assert router.end(signal.SIGTERM) == 0
+        assert decode.end(signal.SIGTERM) == 0
+    assert prefill.end(signal.SIGTERM) == 0
+    assert answers == [answers[0]] * 4
+
+
 def test_ranks_end_with_a_signal_or_with_their_worker(
     start: Callable[..., Command], model: str
 ) -> None:
@@ -99,16 +122,17 @@ def test_ranks_end_with_a_signal_or_with_their_worker(
 
 
 @pytest.mark.parametrize(
-    ("size", "line"),
+    ("role", "size", "line"),
     [
-        ("3", "it has 8 attention heads, which do not divide by 3"),
-        ("99", "setting tensor_parallel_size (from the command line): "),
+        ("decode", "3", "it has 8 attention heads, which do not divide by 3"),
+        ("prefill", "3", "it has 8 attention heads, which do not divide by 3"),
+        ("decode", "99", "setting tensor_parallel_size (from the command line): "),
     ],
 )
 def test_what_does_not_work_is_one_line(
-    size: str, line: str, start: Callable[..., Command], model: str
+    role: str, size: str, line: str, start: Callable[..., Command], model: str
 ) -> None:
-    worker = start("worker", "decode", model, *FLAGS, "--tensor-parallel-size", size)
+    worker = start("worker", role, model, *FLAGS, "--tensor-parallel-size", size)
     assert worker.process.wait(TIMEOUT_S) == 2
     assert line in worker.output
     assert "Traceback" not in worker.output

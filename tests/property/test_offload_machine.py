@@ -33,7 +33,7 @@ class Model:
         self.held: Counter[bytes] = Counter()
         self.cold: list[bytes] = []  # cached on the device, oldest first
         self.host: list[bytes] = []  # least recently used first
-        self.loading: set[bytes] = set()
+        self.loading: list[bytes] = []
         self.saved = self.loaded = 0
 
     def places(self, keys: list[bytes]) -> list[str]:
@@ -70,14 +70,15 @@ class Model:
             self.host.remove(idle[0])
         self.host.append(key)
 
-    def moved(self) -> None:
-        self.loading.clear()
-
     def load(self, key: bytes) -> None:
         self.held[key] += 1
         self.loaded += 1
-        self.host.remove(key)
-        self.host.append(key)
+
+    def moved(self) -> None:
+        for key in self.loading:  # now it was used
+            self.host.remove(key)
+            self.host.append(key)
+        self.loading.clear()
 
     def drop(self, blocks: list[bytes | None]) -> None:
         for key in reversed(blocks):
@@ -139,7 +140,7 @@ class OffloadMachine(RuleBasedStateMachine):
         before: tuple[int, ...],
     ) -> None:
         from_host = [key for key, place in zip(keys, places, strict=False) if place == "host"]
-        self.model.loading.update(from_host)
+        self.model.loading += from_host
         self.model.take(len(blocks) - len(hits.blocks))
         for key in from_host:
             self.model.load(key)

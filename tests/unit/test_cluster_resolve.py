@@ -90,6 +90,13 @@ def test_ranks_take_whole_gpus(tmp_path: Path) -> None:
         resolved(path, machine, aggregated=True, tensor_parallel_size=8)
 
 
+@pytest.mark.parametrize("local", [True, False])
+@pytest.mark.parametrize("role", Role)
+def test_workers_of_both_roles_have_ranks(tmp_path: Path, role: Role, local: bool) -> None:
+    cluster = resolved(model(tmp_path), local=local, tensor_parallel_size=2, cluster_key=KEY)
+    assert cluster.worker_config(role, "w", "127.0.0.1").tensor_parallel_size == 2
+
+
 def test_the_cache_bounds_the_context(tmp_path: Path) -> None:
     path = model(tmp_path, max_position_embeddings=1 << 20)
     cluster = resolved(path, kv_memory="64MiB", dtype="float32")
