@@ -15,12 +15,14 @@ class Machine:
     """Cores usable by this process, free memory in bytes, free memory of each GPU in bytes.
 
     `gpus` is 0 without a usable GPU; `gpu_free_bytes` is None if the driver does not tell.
+    `multiplies_bfloat16`: its CPU has instructions for that.
     """
 
     cores: int
     free_bytes: int
     gpus: int = 0
     gpu_free_bytes: int | None = None
+    multiplies_bfloat16: bool = False
 
 
 def inspect_machine() -> Machine:
@@ -31,7 +33,17 @@ def inspect_machine() -> Machine:
         free_bytes=_free_bytes(),
         gpus=gpus,
         gpu_free_bytes=gpu_free_bytes,
+        multiplies_bfloat16=_multiplies_bfloat16(),
     )
+
+
+def _multiplies_bfloat16() -> bool:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return False
+    flags = next((line.split() for line in lines if line.startswith(("flags", "Features"))), [])
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
 
 
 def _free_bytes() -> int:

@@ -3,8 +3,9 @@
 How defaults are chosen:
 
 - device: cuda if this machine has a GPU, else cpu.
-- dtype: the checkpoint's own. On a CPU, half-precision checkpoints are loaded as float32 (faster
-  there and closer to exact) if all workers' weights then fit a quarter of the free memory.
+- dtype: the checkpoint's own. On a CPU, float16 checkpoints, and bfloat16 ones where the CPU has no
+  instructions for bfloat16, are loaded as float32 (faster there and closer to exact) if all
+  workers' weights then fit a quarter of the free memory.
 - kv_memory, of each worker: on a CPU, room for 16 sequences of full length, between 64 MiB and
   4 GiB, and never more than half of the free memory over all workers. On a GPU, 85 % of what is
   free after the weights, shared by the workers of that GPU; of N GPUs if a worker has N ranks.
@@ -216,10 +217,10 @@ def _dtype(
     stored = checkpoint.dtype
     if stored not in ("float32", "bfloat16", "float16"):
         stored = "bfloat16"  # an 8-bit storage type; computed in the usual one
+    if device != "cpu" or (stored == "bfloat16" and machine.multiplies_bfloat16):
+        return stored
     small = checkpoint.weight_bytes_as("float32") * workers <= machine.free_bytes // 4
-    if device == "cpu" and small:
-        return "float32"
-    return stored
+    return "float32" if small else stored
 
 
 def _kv_bytes(

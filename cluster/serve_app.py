@@ -13,7 +13,7 @@ import ray
 from ray import serve
 from ray.serve import Application
 
-from cluster.machine import Machine, inspect_machine
+from cluster.machine import inspect_machine
 from cluster.registry import RegistryAnnouncer, RegistryDirectory
 from cluster.resolve import ResolvedCluster, resolve
 from cluster.settings import load_settings
@@ -39,7 +39,7 @@ def build(args: dict[str, Any]) -> Application:
     settings = load_settings(args)
     machine = inspect_machine()
     gpus = int(ray.cluster_resources().get("GPU", 0)) if ray.is_initialized() else machine.gpus
-    machine = Machine(machine.cores, machine.free_bytes, gpus, machine.gpu_free_bytes)
+    machine = replace(machine, gpus=gpus)
     return application(resolve(settings, machine, local=False))
 
 

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,15 @@ def test_dtype_on_a_cpu(
     tmp_path: Path, weight_gib: float, flags: dict[str, Any], dtype: str
 ) -> None:
     assert resolved(model(tmp_path, int(weight_gib * GIB)), **flags).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype"),
+    [("bfloat16", "bfloat16"), ("float16", "float32"), ("float32", "float32")],
+)
+def test_dtype_on_a_cpu_that_multiplies_bfloat16(tmp_path: Path, stored: str, dtype: str) -> None:
+    machine = replace(CPU, multiplies_bfloat16=True)
+    assert resolved(model(tmp_path, torch_dtype=stored), machine).dtype == dtype
 
 
 def test_a_gpu_keeps_the_dtype_and_is_shared(tmp_path: Path) -> None:
