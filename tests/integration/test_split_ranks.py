@@ -31,7 +31,8 @@ def prompts() -> list[list[int]]:
 
 
 def ranks(size: int) -> dict[str, object]:
-    return {"tensor_parallel_size": size, "kv_memory_bytes": 8 << 20}
+    patient = {"lease_ms": 60_000, "read_timeout_ms": 60_000}  # many processes, few cores
+    return {"tensor_parallel_size": size, "kv_memory_bytes": 8 << 20, **patient}
 
 
 async def answers(cluster: SplitCluster, *, split: bool) -> tuple[list[list[int]], set[str]]:
