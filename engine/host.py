@@ -217,10 +217,13 @@ class EngineHost:
 
         # In a thread that then ends, and with it its OpenMP team: while there are more of those
         # threads than cores, all of them sleep at every wait instead of spinning for a moment.
-        with ThreadPoolExecutor(1, "baton-build") as builder:
+        builder = ThreadPoolExecutor(1, "baton-build")
+        try:
             parts, computer = await loop.run_in_executor(
                 builder, build, self._config, self._incarnation, self.followers
             )
+        finally:
+            builder.shutdown(wait=False)  # who is cancelled here does not wait for the model
         self._parts = parts
         model = parts.model
         self._grammars = GrammarCompiler(

@@ -57,7 +57,7 @@ class NativeDecoder:
         self._seconds = library.baton_decoder_seconds
         self._free = library.baton_decoder_free
         self._handle: int | None = None
-        self._vocab = model.vocab_size
+        self._vocab, self._dtype = model.vocab_size, model.dtype
         self._kept: list[torch.Tensor] = []  # whose memory is used
         self._build(library, model, cache, threads)
 
@@ -69,10 +69,10 @@ class NativeDecoder:
         body, head = module.model, module.lm_head
         layers, own = list(body.layers), model.layers
         embedding = body.embed_tokens.weight
-        if type(body.embed_tokens) is not nn.Embedding or embedding.dtype != dtype:
+        if type(body.embed_tokens) is not nn.Embedding or not _is_plain(embedding, dtype):
             raise NotThisKind("its embedding is not plain")
         cos, sin = self._angles(body.rotary_emb, model, cache)
-        self._kept += [cos, sin, embedding]
+        self._kept += [cos, sin, embedding, cache.tensor]
         self._embedding, self._head = embedding, head
         mlp = layers[0].mlp.gate_proj.out_features
         sizes = np.asarray(
@@ -138,6 +138,8 @@ class NativeDecoder:
             return None, None
         if type(norm) is not NativeRmsNorm:
             raise NotThisKind(f"a {type(norm).__name__} is no norm that is known")
+        if not _is_plain(norm.weight, self._dtype):
+            raise NotThisKind("a norm's weight is not plain")
         self._kept.append(norm.weight)
         return norm.weight.data_ptr(), norm.variance_epsilon
 
@@ -149,6 +151,8 @@ class NativeDecoder:
         if (linear.in_features, linear.out_features) != (size_in, size_out):
             raise NotThisKind("a linear layer has another shape than its layer's")
         packed, bias = linear.packed, linear.bias
+        if linear.weight.dtype != self._dtype or not (bias is None or _is_plain(bias, self._dtype)):
+            raise NotThisKind("a linear layer is of another dtype")
         self._kept += [packed] if bias is None else [packed, bias]
         library.baton_decoder_linear(
             self._handle, layer, which, torch.ops.mkldnn.data_ptr(packed),
@@ -176,6 +180,9 @@ class NativeDecoder:
         Returns:
             [batch, vocab_size] float32 logits.
         """
+        assert self._handle is not None, "the decoder is closed"
+        if int(tokens.min()) < 0 or int(tokens.max()) >= len(self._embedding):
+            raise IndexError("a token id is none of the model's")
         batch = len(tokens)
         logits = torch.empty((batch, self._vocab))
         table = np.zeros((batch, max(map(len, tables))), dtype=np.int64)
@@ -203,6 +210,7 @@ class NativeDecoder:
         Returns:
             [len(keep), vocab_size] float32 logits.
         """
+        assert self._handle is not None, "the decoder is closed"
         tokens, positions, rows = inputs.unbind()
         count = len(tokens)
         x = torch.index_select(self._embedding, 0, tokens)
@@ -247,6 +255,10 @@ class NativeDecoder:
     def __del__(self) -> None:
         if hasattr(self, "_handle"):
             self.close()
+
+
+def _is_plain(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
+    return tensor.dtype == dtype and tensor.is_contiguous()
 
 
 def _columns_together(library: ctypes.CDLL, linear: PackedLinear) -> int:

@@ -74,8 +74,9 @@ def build_rank(
         EngineFailure: another rank is gone.
     """
     size = group.size if group is not None else 1
-    if config.num_threads is not None:
-        torch.set_num_threads(max(1, config.num_threads // size))
+    if config.num_threads is not None or size > 1:
+        threads = config.num_threads or torch.get_num_threads()
+        torch.set_num_threads(max(1, threads // size))
     compiling = threading.Thread(target=native_library, name="baton-compile", daemon=True)
     if config.device == "cpu":
         compiling.start()  # a few seconds at the first start on a machine

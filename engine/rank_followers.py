@@ -1,9 +1,11 @@
 """Rank 0's side of a worker with several ranks: starts the others, leads them, sees them die."""
 
+import fcntl
 import json
 import logging
 import os
 import selectors
+import shutil
 import socket
 import subprocess
 import sys
@@ -32,6 +34,7 @@ _START = (
     " from engine.rank_main import main; main(int(sys.argv[2]), int(sys.argv[3]))"
 )
 _END_S = 2.0
+_FOLDERS = "baton-ranks-"
 _REASON_S = 1.0  # for a follower to say why
 
 
@@ -53,7 +56,10 @@ class Followers:
         self._config = replace(config, cluster_key="")
         self._incarnation = incarnation
         self._service = service
-        self._folder = tempfile.TemporaryDirectory(prefix="baton-ranks-")
+        _remove_stale_folders()
+        self._folder = tempfile.TemporaryDirectory(prefix=_FOLDERS)
+        self._folder_lock = os.open(self._folder.name, os.O_RDONLY)
+        fcntl.flock(self._folder_lock, fcntl.LOCK_SH)
         self._processes: list[subprocess.Popen[bytes]] = []
         self._links: list[Link] = []
         self._encoder = StepEncoder()
@@ -113,12 +119,13 @@ class Followers:
         if not isinstance(error, EngineFailure):
             return error  # rank 0's own
         for rank, link in enumerate(self._links, 1):
-            if _first_readable([link], _REASON_S) is not None:
+            while _first_readable([link], _REASON_S) is not None:
                 try:
-                    self._expect(rank, Kind.READY)
-                except Exception as cause:
+                    self._next(rank)
+                except errors.ServingError as cause:
                     if "has ended" not in str(cause):
                         return cause
+                    break
         return error
 
     def watch(self, on_failure: Callable[[BaseException], None]) -> None:
@@ -170,6 +177,9 @@ class Followers:
         for end in (*self.service_ends, self._wake, self._woken):
             end.close()
         self._folder.cleanup()
+        if self._folder_lock >= 0:
+            os.close(self._folder_lock)
+            self._folder_lock = -1
 
     @property
     def pids(self) -> list[int]:
@@ -185,19 +195,24 @@ class Followers:
 
     def _expect(self, rank: int, kind: Kind) -> bytes:
         """The next frame of a follower, which is to be of that kind."""
-        link = self._links[rank - 1]
-        if _first_readable([link], BUILD_S) is None:
+        if _first_readable([self._links[rank - 1]], BUILD_S) is None:
             raise EngineFailure(f"rank {rank} of this worker is not ready in {BUILD_S:g} s")
+        found, content = self._next(rank)
+        if found is not kind:
+            raise EngineFailure(f"rank {rank} of this worker says {found.name}, not {kind.name}")
+        return content
+
+    def _next(self, rank: int) -> tuple[Kind, bytes]:
+        """The next frame of a follower. Raises ServingError: it says it failed, or has ended."""
         try:
-            found, content = link.receive()
+            found, content = self._links[rank - 1].receive()
         except (EOFError, OSError):
             raise self._ended(rank) from None
         if found is Kind.FAILED:
             fields = json.loads(content)
             cause: type[Exception] = getattr(errors, fields["kind"], EngineFailure)
             raise cause(fields["text"])
-        assert found is kind, f"rank {rank} says {found.name}"
-        return content
+        return found, content
 
     def _ended(self, rank: int) -> EngineFailure:
         process = self._processes[rank - 1]
@@ -206,6 +221,22 @@ class Followers:
         code = process.returncode
         how = "in no time" if code is None else f"with status {code}"
         return EngineFailure(f"rank {rank} of this worker has ended ({how})")
+
+
+def _remove_stale_folders() -> None:
+    """Of workers that were killed: nobody holds their locks."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDERS}*"):
+        try:
+            lock = os.open(folder, os.O_RDONLY)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        except OSError:
+            pass  # it is in use
+        finally:
+            os.close(lock)
 
 
 def _first_readable(

@@ -5,6 +5,7 @@ when a step fails: rank 0 sees that at once.
 """
 
 import ctypes
+import faulthandler
 import importlib
 import json
 import logging
@@ -39,6 +40,7 @@ def main(link_fd: int, service_fd: int) -> None:
     """Serve rank 0 until it closes the link."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    faulthandler.register(signal.SIGUSR1)  # as in cluster/where.py
     for number in (signal.SIGINT, signal.SIGTERM):  # the parent decides
         signal.signal(number, signal.SIG_IGN)
     link = Link(socket.socket(fileno=link_fd))

@@ -14,6 +14,7 @@ import json
 import socket
 import struct
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import accumulate, pairwise
@@ -71,7 +72,9 @@ class Link:
         return Kind(kind), self._exactly(size)
 
     def close(self) -> None:
-        """Idempotent. The other end's `receive` raises EOFError."""
+        """Idempotent. `receive` raises EOFError, at the other end and in a thread at this one."""
+        with suppress(OSError):
+            self._end.shutdown(socket.SHUT_RDWR)  # or nobody who waits for it would notice
         self._end.close()
 
     def _exactly(self, size: int) -> bytes:

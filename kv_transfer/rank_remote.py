@@ -22,6 +22,7 @@ from kv_transfer.rank_frames import Frame, read_frame, receive
 
 log = logging.getLogger(__name__)
 
+_ANSWER_S = 30.0
 _ENGINE_TELLS_S = 2.0  # if a rank's process ends, its engine knows better why
 
 
@@ -116,7 +117,11 @@ class RemoteTransfers:
         self._calls[number] = asyncio.get_running_loop().create_future()
         try:
             self._send(Frame({"ask": ask, "number": number, **head}, body))
-            answer = await self._calls[number]
+            async with asyncio.timeout(_ANSWER_S):
+                answer = await self._calls[number]
+        except TimeoutError:
+            self._lose(f"it has not answered in {_ANSWER_S:g} s")
+            raise TransferFailed(self._fault) from None
         finally:
             del self._calls[number]
         if "error" in answer.head:

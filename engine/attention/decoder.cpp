@@ -14,6 +14,7 @@
 #include <memory>
 #include <mutex>
 #include <sched.h>
+#include <system_error>
 #include <thread>
 
 namespace {
@@ -35,7 +36,10 @@ inline void rest() {
 class Team {
   public:
     explicit Team(int helpers) {
-        for (int i = 0; i < helpers; ++i) threads_.emplace_back([this, i] { help(i + 1); });
+        try {
+            for (int i = 0; i < helpers; ++i) threads_.emplace_back([this, i] { help(i + 1); });
+        } catch (const std::system_error &) {  // no more threads for us: fewer help
+        }
     }
     ~Team() {
         {
@@ -98,7 +102,7 @@ class Team {
                 if (take(worker)) spins = -1;
                 else if (spins < SPINS) rest();
                 else sched_yield();
-                if (spins % SPINS) continue;
+                if (spins % (spins < SPINS ? SPINS : 16)) continue;
                 const auto now = Clock::now();
                 if (awake_.load(std::memory_order_relaxed)) last = now;
                 else if (now - last > LINGER) break;
@@ -488,6 +492,9 @@ template <typename T> class DecoderOf : public Decoder {
                                      space);
         case 64:
             return decode_one<T, 64>(shape, query, out, keys, values, table, begin, end, kv_head,
+                                     space);
+        case 96:
+            return decode_one<T, 96>(shape, query, out, keys, values, table, begin, end, kv_head,
                                      space);
         case 128:
             return decode_one<T, 128>(shape, query, out, keys, values, table, begin, end, kv_head,
