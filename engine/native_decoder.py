@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from engine.attention.base import AttentionBackend, AttentionLayer, IntArray
+from engine.attention.native import padded
 from engine.attention.native_build import native_library
 from engine.kv_cache import KvCache
 from engine.model import LoadedModel
@@ -185,9 +186,7 @@ class NativeDecoder:
             raise IndexError("a token id is none of the model's")
         batch = len(tokens)
         logits = torch.empty((batch, self._vocab))
-        table = np.zeros((batch, max(map(len, tables))), dtype=np.int64)
-        for row, blocks in zip(table, tables, strict=True):
-            row[: len(blocks)] = blocks
+        table = padded(tables)
         self._step(
             self._handle, batch, tokens.ctypes.data, positions.ctypes.data, rows.ctypes.data,
             table.ctypes.data, table.shape[1], kv_lens.ctypes.data, logits.data_ptr(),

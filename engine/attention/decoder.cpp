@@ -484,25 +484,8 @@ template <typename T> class DecoderOf : public Decoder {
         const Layer shape{s_.heads,       s_.kv_heads, dim, s_.block_size, s_.block_stride,
                           s_.head_stride, 0,           0,   s_.scaling};
         const int64_t begin = layer.window && end > layer.window ? end - layer.window : 0;
-        T *out = &mixed_[size_t(b * s_.heads * dim)];
-        const T *keys = layer.keys, *values = layer.values;
-        switch (dim) {
-        case 32:
-            return decode_one<T, 32>(shape, query, out, keys, values, table, begin, end, kv_head,
-                                     space);
-        case 64:
-            return decode_one<T, 64>(shape, query, out, keys, values, table, begin, end, kv_head,
-                                     space);
-        case 96:
-            return decode_one<T, 96>(shape, query, out, keys, values, table, begin, end, kv_head,
-                                     space);
-        case 128:
-            return decode_one<T, 128>(shape, query, out, keys, values, table, begin, end, kv_head,
-                                      space);
-        default:
-            return decode_one<T, 0>(shape, query, out, keys, values, table, begin, end, kv_head,
-                                    space);
-        }
+        decode_by_dim<T>(shape, query, &mixed_[size_t(b * s_.heads * dim)], layer.keys,
+                         layer.values, table, begin, end, kv_head, space);
     }
 
     const Sizes s_;

@@ -9,7 +9,7 @@
 
 namespace {
 
-template <typename T, int D>
+template <typename T>
 void decode_all(const Layer &layer, const T *query, T *out, const T *keys, const T *values,
                 int64_t batch, const int64_t *rows, const int64_t *tables, int64_t table_stride,
                 const int64_t *begins, const int64_t *ends, int threads) {
@@ -20,24 +20,11 @@ void decode_all(const Layer &layer, const T *query, T *out, const T *keys, const
 #pragma omp for schedule(dynamic)
         for (int64_t item = 0; item < items; ++item) {
             const int64_t i = item / layer.kv_heads;
-            decode_one<T, D>(layer, query + rows[i] * layer.query_stride,
+            decode_by_dim<T>(layer, query + rows[i] * layer.query_stride,
                              out + rows[i] * layer.out_stride, keys, values,
                              tables + i * table_stride, begins[i], ends[i], item % layer.kv_heads,
                              space);
         }
-    }
-}
-
-template <typename T, typename... More>
-void decode_by_dim(const Layer &layer, More... more) {
-    switch (layer.dim) {
-    case 32: return decode_all<T, 32>(layer, more...);
-    case 64: return decode_all<T, 64>(layer, more...);
-    case 80: return decode_all<T, 80>(layer, more...);
-    case 96: return decode_all<T, 96>(layer, more...);
-    case 128: return decode_all<T, 128>(layer, more...);
-    case 256: return decode_all<T, 256>(layer, more...);
-    default: return decode_all<T, 0>(layer, more...);
     }
 }
 
@@ -282,11 +269,11 @@ void baton_decode(int kind, const void *query, void *out, const void *keys, cons
     const Layer layer{heads,       kv_heads,     dim,        block_size, block_stride,
                       head_stride, query_stride, out_stride, scaling};
     if (kind == 0)
-        decode_by_dim<float>(layer, static_cast<const float *>(query), static_cast<float *>(out),
+        decode_all<float>(layer, static_cast<const float *>(query), static_cast<float *>(out),
                              static_cast<const float *>(keys), static_cast<const float *>(values),
                              batch, rows, tables, table_stride, begins, ends, threads);
     else
-        decode_by_dim<bf16>(layer, static_cast<const bf16 *>(query), static_cast<bf16 *>(out),
+        decode_all<bf16>(layer, static_cast<const bf16 *>(query), static_cast<bf16 *>(out),
                             static_cast<const bf16 *>(keys), static_cast<const bf16 *>(values),
                             batch, rows, tables, table_stride, begins, ends, threads);
 }

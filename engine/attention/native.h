@@ -316,6 +316,20 @@ void decode_one(const Layer &layer, const T *query, T *out, const T *keys, const
         from_float(sums[i], &out[kv_head * sharing * dim + i]);
 }
 
+// `decode_one`, for common head sizes with the size known to the compiler.
+template <typename T, typename... More>
+void decode_by_dim(const Layer &layer, More &&...more) {
+    switch (layer.dim) {
+    case 32: return decode_one<T, 32>(layer, more...);
+    case 64: return decode_one<T, 64>(layer, more...);
+    case 80: return decode_one<T, 80>(layer, more...);
+    case 96: return decode_one<T, 96>(layer, more...);
+    case 128: return decode_one<T, 128>(layer, more...);
+    case 256: return decode_one<T, 256>(layer, more...);
+    default: return decode_one<T, 0>(layer, more...);
+    }
+}
+
 // out = weight * rounded(x / rms(x)), rounded again: as models that compute the norm in float32.
 template <typename T>
 void rms_norm(const T *x, const T *weight, T *out, int64_t rows, int64_t dim, float epsilon) {

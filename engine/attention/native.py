@@ -5,6 +5,7 @@ are computed there; everything else by `SdpaBackend`, layer by layer.
 """
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -158,6 +159,14 @@ def _shape(
     )
 
 
+def padded(tables: Sequence[IntArray]) -> IntArray:
+    """Block tables as one array, [sequences, longest]."""
+    array = np.zeros((len(tables), max(map(len, tables))), dtype=np.int64)
+    for row, table in zip(array, tables, strict=True):
+        row[: len(table)] = table
+    return array
+
+
 def _singles(batch: StepBatch, window: int | None) -> _Singles | None:
     sequences = np.flatnonzero(batch.query_lens == 1)
     if not len(sequences):
@@ -165,9 +174,7 @@ def _singles(batch: StepBatch, window: int | None) -> _Singles | None:
     ends = np.ascontiguousarray(batch.kv_lens[sequences])
     begins = np.zeros_like(ends) if window is None else np.maximum(ends - window, 0)
     chosen = [batch.tables[index] for index in sequences.tolist()]
-    tables = np.zeros((len(chosen), max(map(len, chosen))), dtype=np.int64)
-    for row, table in zip(tables, chosen, strict=True):
-        row[: len(table)] = table
+    tables = padded(chosen)
     rows = np.ascontiguousarray(batch.query_starts[sequences])
     return _Singles(rows, tables, begins, ends)
 

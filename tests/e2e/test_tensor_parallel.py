@@ -4,36 +4,16 @@ import json
 import os
 import signal
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import psutil
 import pytest
 
-from cluster.demo_model import ensure_demo_model
 from tests.support.commands import TIMEOUT_S, Command, healthy, wait_for
 
 READY = r"^baton worker ready role=decode address=(127\.0\.0\.1:\d+) id=\S+$"
 FLAGS = ("--num-threads", "1", "--kv-memory", "16MiB")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(ensure_demo_model(tmp_path_factory.mktemp("models") / "demo"))
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Command]]:
-    commands: list[Command] = []
-
-    def run(*arguments: str) -> Command:
-        commands.append(Command(tmp_path / str(len(commands)), *arguments))
-        return commands[-1]
-
-    yield run
-    for command in commands:
-        command.close()
 
 
 def complete(url: str) -> list[int]:
