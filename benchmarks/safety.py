@@ -53,8 +53,7 @@ _PARTS: dict[str, list[tuple[Any, str]]] = {  # what is measured call by call
     "words compared": [(HandoffMachine, "words")],
     "prompt digest on P": _users("prefill_worker", prompt_digest),
     "prompt digest on D": _users("decode_worker", prompt_digest),
-    "mac signed": _users("prefill_worker", transfer_params.sign),
-    "mac checked": _users("decode_worker", transfer_params.decode_and_verify),
+    "mac": [(transfer_params, "_mac")],
     "ledger assertion": [(BlockPool, "verify")],
 }
 _WAITING = "words read, waiting"
@@ -123,16 +122,12 @@ def safety_off() -> Iterator[None]:
             for action in post(machine, first, end)
         ]
 
-    def unsigned(text: str, cluster_key: str, scope: str) -> Any:
-        return transfer_params._from_json(transfer_params._parse(text))
-
     without: dict[str, Callable[..., Any]] = {
-        "generation bump": lambda words, block_id: None,
+        "generation bump": lambda words, block_ids: None,
         "words for the claim": lambda words, block_ids: (0,) * len(block_ids),
         "prompt digest on P": lambda *parts: "",
         "prompt digest on D": lambda *parts: "",
-        "mac signed": lambda params, cluster_key, scope: params,
-        "mac checked": unsigned,
+        "mac": lambda data, cluster_key, scope: "none",
         "ledger assertion": lambda pool: None,
     }
     with ExitStack() as patches:

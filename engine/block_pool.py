@@ -327,8 +327,8 @@ class BlockPool:
         for block in blocks:
             if holders[block]:
                 raise LedgerFault(f"block {block} is free, but somebody holds it")
-            self.generations.bump(block)
             holders[block] = one
+        self.generations.bump(blocks)
         counts[_FREE] -= count
         counts[state] += count
         return blocks

@@ -1,6 +1,6 @@
 """Generation words: one 64-bit word a block, bumped before a new owner may write it (rule F1)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ class GenerationWords:
     def __init__(self, num_blocks: int, incarnation: int) -> None:
         tag = (incarnation & 0xFFFFFF) << _COUNTER_BITS
         self._words: npt.NDArray[np.uint64] = np.full(num_blocks, tag, dtype=np.uint64)
-        self._counters = [0] * num_blocks
+        self._view = self._words.data  # plain integers, quicker one by one
         self._tag = tag
         self._bumped: dict[int, int] | None = None
 
@@ -36,13 +36,14 @@ class GenerationWords:
         """Size of the whole table."""
         return int(self._words.nbytes)
 
-    def bump(self, block_id: int) -> None:
-        """Give `block_id` a generation it never had."""
-        counter = (self._counters[block_id] + 1) & _COUNTER_MASK
-        self._counters[block_id] = counter
-        self._words[block_id] = self._tag | counter
-        if self._bumped is not None:
-            self._bumped[block_id] = self._tag | counter
+    def bump(self, block_ids: Iterable[int]) -> None:
+        """Give each of `block_ids` a generation that it never had."""
+        view, tag, bumped = self._view, self._tag, self._bumped
+        for block_id in block_ids:
+            word = tag | (view[block_id] + 1 & _COUNTER_MASK)
+            view[block_id] = word
+            if bumped is not None:
+                bumped[block_id] = word
 
     def record(self) -> None:
         """From now on keep what is bumped, for `take_bumped`."""
@@ -56,8 +57,8 @@ class GenerationWords:
     def mirror(self, bumped: Iterable[tuple[int, int]]) -> None:
         """Take over words of rank 0."""
         for block_id, word in bumped:
-            self._words[block_id] = word
+            self._view[block_id] = word
 
-    def read(self, block_ids: tuple[int, ...] | list[int]) -> tuple[int, ...]:
+    def read(self, block_ids: Sequence[int]) -> tuple[int, ...]:
         """The words of `block_ids` now."""
-        return tuple(int(self._words[b]) for b in block_ids)
+        return tuple([self._view[block_id] for block_id in block_ids])

@@ -11,12 +11,13 @@ API-key scope); the reader must come to the same text by itself.
 """
 
 import base64
+import functools
 import hashlib
 import hmac
 import json
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 from contracts.errors import InvalidRequest
@@ -64,8 +65,8 @@ class KvTransferParams:
 
 def sign(params: KvTransferParams, cluster_key: str, scope: str) -> KvTransferParams:
     """The same params with `key_id` and `mac` set."""
-    named = replace(params, key_id=key_id(cluster_key), mac="")
-    return replace(named, mac=_mac(_to_json(named), cluster_key, scope))
+    named = {**_to_json(params), "key_id": key_id(cluster_key)}
+    return replace(params, key_id=named["key_id"], mac=_mac(named, cluster_key, scope))
 
 
 def decode_and_verify(text: str, cluster_key: str, scope: str) -> KvTransferParams:
@@ -90,6 +91,7 @@ def decode_and_verify(text: str, cluster_key: str, scope: str) -> KvTransferPara
     return _from_json(data)
 
 
+@functools.lru_cache(maxsize=8)
 def key_id(cluster_key: str) -> str:
     """Which key signed, without telling the key: 8 hex digits."""
     return hashlib.sha256(b"baton key id" + cluster_key.encode()).hexdigest()[:8]
@@ -113,11 +115,8 @@ def decode_incarnation(text: str) -> Incarnation:
         _refuse("incarnation is not readable")
 
 
-def _to_json(params: KvTransferParams) -> dict[str, object]:
-    known = {
-        item.name: getattr(params, item.name) for item in fields(params) if item.name != "extra"
-    }
-    return {**params.extra, **known}
+def _to_json(params: KvTransferParams) -> dict[str, Any]:
+    return {**params.extra, **{name: getattr(params, name) for name in _NAMES}}
 
 
 def _mac(data: Mapping[str, object], cluster_key: str, scope: str) -> str:
@@ -152,24 +151,22 @@ def _no_constant(name: str) -> NoReturn:
 
 
 def _from_json(data: Mapping[str, Any]) -> KvTransferParams:
-    known = {item.name for item in fields(KvTransferParams)} - {"extra"}
-    missing = sorted(known - data.keys())
+    missing = sorted(_NAMES - data.keys())
     if missing:
         _refuse(f"{', '.join(missing)} missing")
-    values = {name: data[name] for name in known}
-    for item in fields(KvTransferParams):
-        if item.name == "remote_block_ids":
-            ids = values["remote_block_ids"]
-            if not isinstance(ids, list) or any(type(block) is not int for block in ids):
-                _refuse("remote_block_ids is not a list of integers")
-            values["remote_block_ids"] = tuple(ids)
-        elif item.name != "extra" and type(values[item.name]) is not _JSON_TYPES[item.name]:
-            _refuse(f"{item.name} is not of type {_JSON_TYPES[item.name].__name__}")
+    ids = data["remote_block_ids"]
+    if type(ids) is not list or any(type(block) is not int for block in ids):
+        _refuse("remote_block_ids is not a list of integers")
+    values: dict[str, Any] = {"remote_block_ids": tuple(ids)}
+    for name, kind in _JSON_TYPES.items():
+        if type(data[name]) is not kind:
+            _refuse(f"{name} is not of type {kind.__name__}")
+        values[name] = data[name]
     if values["protocol_version"] != PROTOCOL_VERSION:
         _refuse(
             f"protocol version: here {PROTOCOL_VERSION}, theirs is {values['protocol_version']}"
         )
-    extra = {name: value for name, value in data.items() if name not in known}
+    extra = {name: value for name, value in data.items() if name not in _NAMES}
     return KvTransferParams(**values, extra=extra)
 
 
@@ -191,6 +188,7 @@ _JSON_TYPES: Mapping[str, type] = {
     "key_id": str,
     "mac": str,
 }
+_NAMES = {"remote_block_ids", *_JSON_TYPES}  # all but `extra`
 
 
 def _refuse(why: str) -> NoReturn:

@@ -65,8 +65,7 @@ async def test_reused_blocks_are_detected(
     landed = Chain.ended
 
     def reuse(scheduler: Scheduler) -> None:
-        for block in scheduler.pool.holders("leased"):
-            scheduler.pool.generations.bump(block)
+        scheduler.pool.generations.bump(scheduler.pool.holders("leased"))
 
     def ended(self: Chain, *args: Any) -> None:
         cluster.prefill._host.call(reuse).result(10)

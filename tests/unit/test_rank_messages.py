@@ -80,8 +80,7 @@ def test_moves_alone_have_no_arrays() -> None:
 def test_a_follower_mirrors_the_words_of_rank_0() -> None:
     first, second = GenerationWords(8, 5), GenerationWords(8, 5)
     first.record()
-    for block in (3, 4, 3):
-        first.bump(block)
+    first.bump((3, 4, 3))
     second.mirror(first.take_bumped())
     assert first.read(list(range(8))) == second.read(list(range(8)))
     assert first.take_bumped() == ()
