@@ -2,11 +2,13 @@
 
 Rules of protocol notes, section 10: E = -log1p(-v) with v = (x + 0.5) * 2**-32 from a 32-bit
 hash x, in float32; a draw is the arg max of `logit - log(E)`. Nothing depends on worker, batch
-or replay.
+or replay. On CPUs attention/draw.cpp computes the same.
 """
 
 import torch
 
+LEAST = -4.0  # the noise of 2**32 - 1 is -3.1, but in float32 E is infinite there: no token
+# could win with it, not even the only one left.
 _MASK64 = (1 << 64) - 1
 _MASK32 = 0xFFFFFFFF
 
@@ -41,11 +43,11 @@ def gumbel(token_ids: torch.Tensor, keys: list[tuple[int, int]]) -> torch.Tensor
         keys: one pair of `draw_key` a row.
 
     Returns:
-        float32 [rows, k]; -inf where the hash is so large that E is infinite.
+        float32 [rows, k], none below LEAST.
     """
     pairs = torch.tensor(keys, dtype=torch.int64, device=token_ids.device)
     first, second = pairs[:, :1], pairs[:, 1:]
     x = _mix32((token_ids * 0x9E3779B1 + first) & _MASK32)
     x = _mix32((x + second) & _MASK32)
     v = (x.to(torch.float32) + 0.5) * 2.0**-32
-    return -torch.log(-torch.log1p(-v))
+    return (-torch.log(-torch.log1p(-v))).clamp(min=LEAST)

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 
 from contracts.events import PromptLogprob, TokenLogprob
+from engine import native_draws
+from engine.attention.native_build import native_library
 from engine.logit_edits import edit, is_edited, mask_by_grammars
 from engine.noise import draw_key, gumbel
 from engine.plan import Sampled, SampleSlot
@@ -18,7 +20,6 @@ from engine.ranking import best
 from engine.sampling_state import DrawFailure, SamplingState, SamplingStates
 
 PIECE = 1 << 24  # prompt scores held at once: 64 MiB of float32
-LEAST_NOISE = -4.0  # of a 32-bit draw is -3.1; `gumbel` says -inf where float32 ends
 
 
 def sample(
@@ -103,7 +104,7 @@ def _sample_edited(
     edit(work, kept, found, errors)
     good = [j for j in range(len(kept)) if j not in errors]
     tokens = [0] * len(kept)
-    drawn = _choose(work, good, [kept[j] for j in good], masked=True)
+    drawn = _choose(work, good, [kept[j] for j in good])
     for j, token in zip(good, drawn, strict=True):
         tokens[j] = token
     logprobs: list[TokenLogprob | None] = [None] * len(kept)
@@ -127,22 +128,17 @@ def _sample_edited(
     return result
 
 
-def _choose(
-    logits: torch.Tensor,
-    rows: Sequence[int],
-    slots: Sequence[SampleSlot],
-    masked: bool = False,
-) -> list[int]:
-    """A token for each slot. `masked`: rows may hold -inf, but never only that."""
+def _choose(logits: torch.Tensor, rows: Sequence[int], slots: Sequence[SampleSlot]) -> list[int]:
+    """A token for each slot. Rows may hold -inf, but never only that."""
     tokens = [0] * len(slots)
     greedy = [i for i, slot in enumerate(slots) if slot.params.greedy or slot.params.beam]
     drawn = [i for i, slot in enumerate(slots) if not (slot.params.greedy or slot.params.beam)]
     if greedy:
-        found = torch.argmax(_select(logits, [rows[i] for i in greedy]), dim=-1).tolist()
+        found = arg_max(_select(logits, [rows[i] for i in greedy]))
         for i, token in zip(greedy, found, strict=True):
             tokens[i] = token
     if drawn:
-        picked = _draw(_select(logits, [rows[i] for i in drawn]), [slots[i] for i in drawn], masked)
+        picked = _draw(logits, [rows[i] for i in drawn], [slots[i] for i in drawn])
         for i, token in zip(drawn, picked, strict=True):
             tokens[i] = token
     return tokens
@@ -154,23 +150,27 @@ def _select(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
     return logits[torch.tensor(rows, device=logits.device)]
 
 
-def _draw(logits: torch.Tensor, slots: list[SampleSlot], masked: bool) -> list[int]:
+def _draw(logits: torch.Tensor, rows: list[int], slots: list[SampleSlot]) -> list[int]:
+    library = native_library() if logits.device.type == "cpu" else None
+    if library is not None and logits.dtype == torch.float32:
+        return native_draws.draw(library, logits, rows, slots)
+    return draw(_select(logits, rows), slots)
+
+
+def draw(logits: torch.Tensor, slots: list[SampleSlot]) -> list[int]:
+    """A token for each row, [len(slots), vocab], of slots that are not greedy: with torch alone."""
     keys = [draw_key(slot.params.seed, slot.choice, slot.position) for slot in slots]
     temperature = [slot.params.temperature for slot in slots]
     scaled = logits / torch.tensor(temperature, device=logits.device)[:, None]
     vocab = logits.shape[-1]
     if any(slot.params.min_p > 0.0 for slot in slots):
         scaled = _drop_unlikely(scaled, slots)
-        masked = True
     filtered = [0 < slot.params.top_k < vocab or slot.params.top_p < 1.0 for slot in slots]
     tokens = [0] * len(slots)
     plain = [i for i, yes in enumerate(filtered) if not yes]
     if plain:
         ids = torch.arange(vocab, device=logits.device)[None, :]
-        noise = gumbel(ids, [keys[i] for i in plain])
-        if masked:  # else the one token left could lose to those that are ruled out
-            noise = noise.clamp(min=LEAST_NOISE)
-        noisy = _select(scaled, plain) + noise
+        noisy = _select(scaled, plain) + gumbel(ids, [keys[i] for i in plain])
         for i, token in zip(plain, torch.argmax(noisy, dim=-1).tolist(), strict=True):
             tokens[i] = token
     kept = [i for i, yes in enumerate(filtered) if yes]

@@ -18,7 +18,9 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 _HEADER = Path(__file__).with_name("native.h")
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "decoder.cpp"))
+_SOURCES = tuple(
+    Path(__file__).with_name(name) for name in ("native.cpp", "decoder.cpp", "draw.cpp")
+)
 _FLAGS = (
     "-O3", "-march=native", "-std=c++17", "-fopenmp", "-pthread", "-fno-math-errno",
     "-fno-trapping-math", "-fPIC", "-shared", "-Wno-psabi",
@@ -115,6 +117,8 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     library.baton_prefill.restype = None
     library.baton_write.argtypes = [_P, _P, _P, _P, _P, *[_I] * 8]
     library.baton_write.restype = None
+    library.baton_draw.argtypes = [_P, _I, _I, _P, _I, _P, _N]
+    library.baton_draw.restype = None
     library.baton_decoder_new.argtypes = [_N, _P, _F, _F, _N, _P, _P, _P, _P]
     library.baton_decoder_new.restype = _P
     library.baton_decoder_free.argtypes = [_P]
